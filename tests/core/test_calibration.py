@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from actlas.core.calibration import Calibration, calibrate
+from actlas.core.calibration.origin import Origin
+from actlas.core.calibration.reading import Batch, Source, read_batch, rows_of
 from actlas.core.edits import Add
 from actlas.core.errors import (
     ArtifactError,
@@ -22,6 +25,7 @@ from actlas.core.errors import (
     SiteError,
 )
 from actlas.core.model import Model
+from actlas.core.sites import Site
 from tests.core.families import BY_NAME
 from tests.core.tiny import TEXTS, tiny
 
@@ -123,29 +127,26 @@ def test_padding_never_contributes(model: Model, batch_tokens: int) -> None:
     assert int(found.parts["sketch"].counts.sum()) == x.numel()
 
 
-class LeftPadded:
-    """A model whose stream pads on the left, with garbage in the padding."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def stream(self, corpus, sites, **options):
-        documents = list(corpus)
-        encoded = self._model.encode([d.text for d in documents], padding_side="left")
-        trace = self._model.trace(encoded, sites)
-        for name in trace:
-            trace[name][~trace.mask] = math.nan
-        trace.documents, trace.offsets = [d.id for d in documents], [0] * len(documents)
-        yield trace
-
-
-def test_left_padding_never_contributes(model: Model) -> None:
+def test_left_padding_never_contributes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding on the left, with garbage in it, changes no statistic."""
     texts = [text[:60] for text in TEXTS]
     right = calibrate(model, texts, SITES, ALL, rows=16)
-    left = calibrate(LeftPadded(model), texts, SITES, ALL, rows=16)
+
+    def left_padded(self: Source, model: Model, *limits: object) -> Iterator[Batch]:
+        documents = list(self._documents())
+        encoded = model.encode([d.text for d in documents], padding_side="left")
+        yield Batch(encoded, [d.id for d in documents], [0] * len(documents))
+
+    def poisoned(
+        x: Tensor, site: Site, batch: Batch, tokens: Origin | None, seed: int
+    ) -> tuple[Tensor, Origin]:
+        x = x.clone()
+        x[~batch.mask] = math.nan
+        return rows_of(x, site, batch, tokens, seed)
+
+    monkeypatch.setattr(Source, "batches", left_padded)
+    monkeypatch.setattr("actlas.core.calibration.collect.rows_of", poisoned)
+    left = calibrate(model, texts, SITES, ALL, rows=16)
     for site in SITES:
         assert left[site].count == right[site].count
         torch.testing.assert_close(left[site].mean, right[site].mean, rtol=1e-4, atol=1e-5)
@@ -304,6 +305,20 @@ def test_non_finite_values_are_named_by_site_document_and_position(model: Model,
     assert "blocks.1.mlp.out: 2 of" in str(caught.value)
     assert "'bad' at position 3" in str(caught.value)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+
+
+def test_reading_stops_after_the_last_site_and_holds_one_site_at_a_time(model: Model) -> None:
+    seen: list[str] = []
+    for i, block in enumerate(model.module.model.layers):
+        block.register_forward_hook(lambda *_, i=i: seen.append(f"block {i}"))
+    try:
+        batch = next(Source(TEXTS).batches(model, 500, None, None))
+        sites = model.resolve(["blocks.1.mlp.act", "blocks.0.resid_post"])
+        read_batch(model, batch, sites, lambda site, x: seen.append(site.name))
+    finally:
+        for block in model.module.model.layers:
+            block._forward_hooks.clear()
+    assert seen == ["block 0", "blocks.0.resid_post", "blocks.1.mlp.act"]
 
 
 def test_a_string_is_one_document(model: Model) -> None:

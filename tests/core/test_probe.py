@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
@@ -18,7 +19,7 @@ from actlas.core.errors import InputError, NonFiniteError, ShapeError, SiteError
 from actlas.core.lens import Lens
 from actlas.core.probe import Probe, fit_probe
 from actlas.core.probe_data import Examples, gather_examples, parse_items
-from actlas.core.probe_quality import split
+from actlas.core.probe_quality import auc, split
 from tests.core.tiny import TEXTS, tiny
 
 SITE = "blocks.1.resid_post"
@@ -75,12 +76,12 @@ def test_means_decide_as_the_nearest_centroid_does() -> None:
 def test_means_scores_are_log_odds() -> None:
     """One channel, two Gaussians of equal variance: the log-odds are known exactly."""
     generator = torch.Generator().manual_seed(0)
-    y = torch.arange(40_000) % 2
-    x = (torch.randn(40_000, generator=generator) * 2 + 3 * y).unsqueeze(1).double()
+    y = torch.arange(3000) % 2
+    x = (torch.randn(3000, generator=generator) * 2 + 3 * y).unsqueeze(1).double()
     probe = fit_probe(None, (x, y), SITE, method="means", controls=0)
     points = torch.tensor([[-2.0], [1.5], [4.0]])
     exact = 3 / 4 * (points[:, 0] - 1.5)
-    torch.testing.assert_close(probe.score(points), exact, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(probe.score(points), exact, rtol=0.15, atol=0.15)
 
 
 def test_ridge_equals_scikit_learn() -> None:
@@ -129,6 +130,16 @@ def test_labels_that_say_nothing_are_not_above_their_control() -> None:
     accuracy, control, above, _ = probe.measurements
     assert abs(accuracy.value - 0.5) < 0.25 and abs(control.value - 0.5) < 0.15
     assert above.low < 0 < above.high
+
+
+def test_auc_equals_scikit_learn_with_ties_and_weights() -> None:
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, 50).astype(float)
+    scores = np.round(generator.normal(size=50) + y, 1)
+    weights = generator.integers(0, 4, (6, 50)).astype(float)
+    expected = [roc_auc_score(y, scores, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(auc(y, scores, weights), expected, rtol=1e-12)
+    assert np.isnan(auc(y, scores, y[None])).all()
 
 
 def test_the_same_seed_gives_the_same_probe() -> None:
@@ -217,12 +228,10 @@ def test_positions(position: str | int) -> None:
     model = tiny()
     model.module.model.embed_tokens.weight.data[model.tokenizer.convert_tokens_to_ids("W"), 7] = -700.0
     site = model.resolve("blocks.0.resid_pre")[0]
-    texts = [t for t in TEXTS if len(t) > 4] + ["What is this?", "Was it you, Will?", "W W WW"]
+    texts = [t[:64] for t in TEXTS if len(t) > 4] + ["What is this?", "Was it you, Will?", "W W WW"]
     examples = gather_examples(model, [(t, i % 2) for i, t in enumerate(texts)], site, position)
     for i, text in enumerate(texts):
-        x = model.trace(text[:64], site)[site.name][0].double() if len(text) < 65 else None
-        if x is None:
-            continue
+        x = model.trace(text, site)[site.name][0].double()
         kept = x[~massive_rows(x)]
         expected = {"last": x[-1], "first": x[0], "mean": kept.mean(0), 2: x[2], -3: x[-3]}[position]
         np.testing.assert_allclose(examples.x[i], expected.numpy(), rtol=1e-5, atol=1e-5)
@@ -270,7 +279,7 @@ def test_bad_input_is_named() -> None:
         fit_probe(model, PAIRS, "blocks.1.attn.pattern")
     with pytest.raises(InputError, match="item 1 is labelled"):
         fit_probe(model, [PAIRS[0], ("a", 1)], SITE)
-    with pytest.raises(InputError, match="label of item 0 is 'yes'|item 0"):
+    with pytest.raises(InputError, match="label of item 0 is 'yes'"):
         fit_probe(model, [{"text": "a", "label": "yes"}] * 9, SITE)
     with pytest.raises(InputError, match="text 1 of the labelled data is empty"):
         fit_probe(model, [("a", " ")] * 9, SITE)

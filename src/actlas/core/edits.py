@@ -97,8 +97,8 @@ class Resample(ActivationEdit):
 
     Attributes:
         values: `[n, ...features]`, a pool of activations.
-        seed: which pool entry a token gets depends on (seed, row, position) alone, so the edit is the
-            same with and without a KV cache, in a batch and alone.
+        seed: which pool entry a token gets depends on (seed, position, token id) alone, so the edit is
+            the same with and without a KV cache, in a batch and alone.
     """
 
     values: Tensor
@@ -107,11 +107,12 @@ class Resample(ActivationEdit):
 
     def value(self, x: Tensor, here: Here) -> Tensor:
         run = here.run
-        rows = run.rows(x.device).unsqueeze(1)
         if run.length is not None and x.ndim > 2 and x.shape[1] == run.length:
-            key = rows * 1_000_003 + run.positions(x.device).clamp_min(0)
+            key = run.positions(x.device).clamp_min(0)
+            if run.tokens is not None:
+                key = key + 1_000_003 * run.tokens.to(x.device)
         else:
-            key = rows
+            key = run.rows(x.device).unsqueeze(1)
         mixed = (key + self.seed * 7_919) * 2_654_435_761 % (2**31)
         mixed = (mixed ^ (mixed >> 15)) * 2_246_822_519 % (2**31)
         chosen = self.values.to(x)[mixed % self.values.shape[0]]
@@ -124,16 +125,21 @@ class Replace(ActivationEdit):
     """Activation patching: write a given value, usually from another trace.
 
     Attributes:
-        with_value: `[...features]` for every token, or `[rows, pos, ...features]`, aligned with the
-            columns of the prompt (a single row serves all); tokens beyond it are left alone.
+        with_value: `[...features]` for every token, or `[rows, pos, ...features]`, where `pos` counts
+            real tokens (a single row serves all); padding and tokens beyond it are left alone.
     """
 
     with_value: Tensor
 
     @classmethod
     def from_trace(cls, trace: Trace, site: str) -> Replace:
-        """Return the edit that writes what `trace` read at `site`."""
-        return cls(site, trace[site])
+        """Return the edit that writes what `trace` read at `site`; left padding is moved out of the way."""
+        value, mask = trace[site], trace.mask
+        if mask is not None and value.shape[:2] == mask.shape and not bool(mask[:, 0].all()):
+            order = (~mask).to(torch.int8).argsort(dim=1, stable=True).to(value.device)
+            rows = torch.arange(value.shape[0], device=value.device).unsqueeze(1)
+            value = value[rows, order]
+        return cls(site, value)
 
     def check(self, site: Site) -> None:
         check_tensor(self.with_value, "Replace.with_value")
@@ -146,11 +152,12 @@ class Replace(ActivationEdit):
 
     def value(self, x: Tensor, here: Here) -> Tensor:
         new = self.with_value.to(x)
-        if new.shape == x.shape:
+        run = here.run
+        unpadded = run.past == 0 and (run.full_mask is None or bool(run.full_mask.all()))
+        if new.shape == x.shape and (unpadded or here.site.kind in ATTENTION_KINDS):
             return new
         if new.ndim < x.ndim:
             return new.expand_as(x).clone()
-        run = here.run
         if new.ndim != x.ndim or run.length is None or x.shape[1] != run.length:
             raise ShapeError(
                 f"Replace.with_value has shape {list(new.shape)}; the activation at {here.site.name} is {list(x.shape)}"
@@ -158,14 +165,11 @@ class Replace(ActivationEdit):
         rows = run.rows(x.device)
         if new.shape[0] not in (1, int(rows[-1]) + 1):
             raise ShapeError(f"Replace.with_value has {new.shape[0]} rows, but the batch has {int(rows[-1]) + 1}")
-        new = new[rows] if new.shape[0] != 1 else new.expand(x.shape[0], *new.shape[1:])
-        columns = torch.arange(run.past, run.past + x.shape[1], device=x.device)
-        covered = int((columns < new.shape[1]).sum())
-        if covered == 0:
-            return x
-        out = x.clone()
-        out[:, :covered] = new[:, columns[:covered]]
-        return out
+        positions = run.positions(x.device)
+        covered = (positions >= 0) & (positions < new.shape[1])
+        source = rows if new.shape[0] != 1 else torch.zeros_like(rows)
+        aligned = new[source.unsqueeze(1), positions.clamp(0, new.shape[1] - 1)]
+        return torch.where(covered.reshape(*covered.shape, *([1] * (x.ndim - 2))), aligned, x)
 
 
 @register_edit

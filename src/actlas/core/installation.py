@@ -172,10 +172,12 @@ class Installation:
 
     def attach_activation(self, edit: ActivationEdit) -> None:
         """Place the hooks of one activation edit. Called by the edit."""
-        track = _Track(edit)
         if edit.strength == 0.0:
             return
-        self._tracks.append(track)
+        track = next((t for t in self._tracks if t.edit is edit), None)
+        if track is None:
+            track = _Track(edit)
+            self._tracks.append(track)
         ids = self._token_ids(edit)
         key = object()
         if edit.condition is not None:
@@ -229,7 +231,10 @@ class Installation:
         original = module.generate
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with self.generating(_requests(args, kwargs)):
+            mask = kwargs.get("attention_mask")
+            decoder_only = self.model.layout is None or len(self.model.layout.towers) == 1
+            known = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and decoder_only else None
+            with self.generating(_requests(args, kwargs), known):
                 return original(*args, **kwargs)
 
         module.__dict__["generate"] = generate

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actlas.core.calibration.collect import check_row_sites
+from actlas.core.calibration.reading import check_row_sites
 from actlas.core.errors import InputError, ShapeError
 from actlas.core.layout import HEAD_KINDS
 from actlas.core.lens import Lens, check_finite

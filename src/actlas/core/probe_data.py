@@ -114,8 +114,7 @@ def parse_items(data: Iterable[Any]) -> tuple[list[str], list[float], list[int],
     kinds: set[bool] = set()
     known: dict[str, int] = {}
     for number, item in enumerate(data):
-        first, second = _fields(item, number)
-        pair = isinstance(second, str)
+        first, second, pair = _fields(item, number)
         kinds.add(pair)
         if len(kinds) > 1:
             raise InputError(
@@ -180,16 +179,18 @@ def _from_arrays(x: Any, y: Any) -> Examples:
     return Examples(values, labels, np.arange(len(labels)))
 
 
-def _fields(item: Any, number: int) -> tuple[str, Any]:
+def _fields(item: Any, number: int) -> tuple[str, Any, bool]:
+    """Return an item's text and label, or its two texts, and whether it is a pair."""
     if isinstance(item, Mapping):
-        for a, b in (("text", "label"), ("positive", "negative")):
-            if a in item and b in item:
-                return str(item[a]), item[b]
+        if "text" in item and "label" in item:
+            return str(item["text"]), item["label"], False
+        if "positive" in item and "negative" in item:
+            return str(item["positive"]), str(item["negative"]), True
     elif isinstance(item, (tuple, list)):
         if len(item) == 2 and isinstance(item[0], str):
-            return item[0], item[1]
+            return item[0], item[1], isinstance(item[1], str)
     elif hasattr(item, "positive") and hasattr(item, "negative"):
-        return str(item.positive), str(item.negative)
+        return str(item.positive), str(item.negative), True
     raise InputError(
         f"item {number} of the labelled data is {type(item).__name__} {str(item)[:60]!r}; "
         "give (text, label), (positive, negative), or records with those fields"

@@ -159,7 +159,7 @@ def fit_tuned_lens(
                     x = rows[name].to(torch.float32)
                     moved = x + x @ weight[i].T + bias[i] * scale[i]
                     loss = _kl(target, _log_probabilities(model, moved)).mean()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(loss)
                     total += float(loss.detach())
                 if total != total:
                     raise FailureError(f"the tuned lens diverged at step {step}; use a lower learning_rate")

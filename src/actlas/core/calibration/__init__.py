@@ -8,7 +8,7 @@ Statistics are streaming and mergeable (`accumulators`), massive-activation rows
 of averaged in (`massive`), and a calibration is saved with the model's fingerprint (`result`).
 """
 
-from actlas.core.calibration.collect import calibrate, rows_at, token_origin
+from actlas.core.calibration.collect import calibrate
 from actlas.core.calibration.massive import MassiveRow, MassiveRows, massive_rows
 from actlas.core.calibration.result import Calibration
 from actlas.core.calibration.statistics import DEFAULT_STATISTICS, STATISTICS, SiteStatistics
@@ -22,6 +22,4 @@ __all__ = [
     "SiteStatistics",
     "calibrate",
     "massive_rows",
-    "rows_at",
-    "token_origin",
 ]

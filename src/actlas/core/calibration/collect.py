@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from actlas.core.calibration.massive import MassiveRows, massive_rows
 from actlas.core.calibration.origin import Origin
+from actlas.core.calibration.reading import Batch, Source, check_row_sites, read_batch, rows_of
 from actlas.core.calibration.result import Calibration
 from actlas.core.calibration.statistics import (
     DEFAULT_STATISTICS,
@@ -24,17 +22,13 @@ from actlas.core.calibration.statistics import (
     memory_needed,
 )
 from actlas.core.errors import InputError, NonFiniteError, SiteError
-from actlas.core.layout import ATTENTION_KINDS, RESIDUAL_KINDS
+from actlas.core.layout import RESIDUAL_KINDS
+from actlas.core.model import Model
 from actlas.core.progress import progress as progress_bar
-
-if TYPE_CHECKING:
-    from actlas.core.model import Model
-    from actlas.core.sites import Site
-    from actlas.core.trace import Trace
+from actlas.core.sites import Site
 
 MEMORY_LIMIT = 1 << 30
 _MANY_MASSIVE = 0.1
-_ITEMS = 16
 
 
 def calibrate(
@@ -54,8 +48,8 @@ def calibrate(
 ) -> Calibration:
     """Read a corpus once and return statistics of the activations at some sites.
 
-    Memory does not grow with the corpus: one batch of activations at a time, and what the statistics
-    keep (`actlas.core.calibration.accumulators` says how much). Padding never counts.
+    Memory grows neither with the corpus nor with what lies between sites: one site's activations of one
+    batch at a time, and what the statistics keep (`actlas.core.calibration.accumulators` says how much). Padding never counts.
 
     Args:
         model: the model; edits that are installed on it are part of what is measured, and recorded.
@@ -87,7 +81,7 @@ def calibrate(
     chosen = check_statistics(stats)
     _check_positive(batch_tokens=batch_tokens, max_tokens=max_tokens, rows=rows)
     resolved = check_row_sites(model.resolve(sites))
-    watched = _Watched(corpus)
+    source = Source(corpus)
     result = Calibration(
         sites={},
         stats=chosen,
@@ -99,107 +93,24 @@ def calibrate(
         keep_massive=keep_massive,
         under=tuple(edit.describe() for edit in model.installed),
     )
-    source = watched if watched.inputs is None else watched.inputs
-    traces = _traces(model, source, resolved, batch_tokens, context, max_tokens)
-    with closing(traces), _progress_line(progress, max_tokens) as advance:
-        for trace in traces:
-            shared = None if trace.mask is None else token_origin(trace, seed)
-            for site in resolved:
-                values, origin = rows_at(trace, site, seed, shared)
+    with _progress_line(progress, max_tokens) as advance:
+        for batch in source.batches(model, batch_tokens, context, max_tokens):
+            tokens = batch.origin(seed)
+
+            def take(site: Site, x: Tensor, batch: Batch = batch, tokens: Origin | None = tokens) -> None:
+                values, origin = rows_of(x, site, batch, tokens, seed)
                 if site.name not in result.sites:
                     result.sites[site.name] = _make_site(result, site, values.shape[1], rows, memory_limit)
                 _take_rows(result.sites[site.name], site, values, origin, keep_massive)
-            advance(_count(trace, result, shared))
+
+            read_batch(model, batch, resolved, take)
+            advance(_count(batch, result, tokens))
     if not result.tokens:
-        raise InputError("nothing to calibrate on: the corpus holds no text; give at least one document")
-    result.corpora = [{"name": watched.name, "hash": watched.hash}]
+        raise InputError("nothing to calibrate on: there are no inputs; give at least one")
+    result.sites = {site.name: result.sites[site.name] for site in resolved}
+    result.corpora = [{"name": source.name, "hash": source.hash}]
     _warn_if_common(result)
     return result
-
-
-def _traces(
-    model: Model,
-    source: Any,
-    sites: Sequence[Site],
-    batch_tokens: int,
-    context: int | None,
-    max_tokens: int | None,
-) -> Generator[Trace, None, None]:
-    """Yield traces over a corpus of text, or over inputs `[n, ...]` in batches of `_ITEMS`."""
-    if not isinstance(source, Tensor):
-        yield from model.stream(
-            source, sites, batch_tokens=batch_tokens, context=context, max_tokens=max_tokens
-        )
-        return
-    for start in range(0, len(source), _ITEMS):
-        batch = source[start : start + _ITEMS]
-        trace = model.trace(batch, sites)
-        trace.documents = [str(i) for i in range(start, start + len(batch))]
-        yield trace
-
-
-def check_row_sites(sites: Sequence[Site]) -> list[Site]:
-    """Return the sites if each holds one row of channels a token.
-
-    Raises:
-        SiteError: attention scores and patterns (query by key) and logits do not.
-    """
-    for site in sites:
-        if site.kind in ATTENTION_KINDS:
-            raise SiteError(
-                f"{site.name} holds one weight for each query and key, not a row of channels a token; "
-                "calibrate attn.z or attn.out, or read the pattern with model.trace"
-            )
-        if site.kind == "logits":
-            raise SiteError("logits are not calibrated (one channel a word); calibrate final_norm instead")
-    return list(sites)
-
-
-def rows_at(trace: Trace, site: Site, seed: int = 0, tokens: Origin | None = None) -> tuple[Tensor, Origin]:
-    """Return the rows `[n, d]` of a site in a trace, padding left out, and where they come from.
-
-    Sites with tokens give one row a token, heads flattened. Any other module's output gives one row
-    for each item (`[batch, d]`), item and place (`[batch, n, d]`) or pixel (`[batch, d, height, width]`).
-
-    Args:
-        trace: what was read.
-        site: which site of it.
-        seed: of the rows' priorities.
-        tokens: the origins of the trace's tokens, if the caller has them already.
-
-    Raises:
-        SiteError: the site's value is not a floating-point tensor with a batch axis.
-    """
-    x, mask = trace[site.name], trace.mask
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-        what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise SiteError(f"{site.name} holds {what}; a calibration needs floats [batch, ..., channels]")
-    if mask is not None and x.ndim > 2 and x.shape[:2] == mask.shape:
-        return x[mask.to(x.device)].flatten(1), tokens or token_origin(trace, seed)
-    if mask is not None and x.ndim == 2 and len(x) == mask.numel():
-        return x[mask.reshape(-1).to(x.device)], tokens or token_origin(trace, seed)
-    if x.ndim == 4:
-        x = x.movedim(1, -1)
-    items = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
-    n, places, d = items.shape
-    item, place = torch.arange(n).repeat_interleave(places), torch.arange(places).repeat(n)
-    origin = Origin(_names(trace, n), item, place, place, torch.full_like(place, -1), seed)
-    return items.reshape(n * places, d), origin
-
-
-def token_origin(trace: Trace, seed: int = 0) -> Origin:
-    """Return the origins of a trace's real tokens, row by row."""
-    assert trace.mask is not None
-    mask = trace.mask.cpu()
-    row = torch.arange(len(mask)).unsqueeze(1).expand_as(mask)[mask]
-    place = (mask.cumsum(1) - 1)[mask]
-    offsets = torch.tensor(trace.offsets or [0] * len(mask))
-    token = trace.tokens.cpu()[mask] if trace.tokens is not None else torch.full_like(place, -1)
-    return Origin(_names(trace, len(mask)), row, offsets[row] + place, place, token, seed)
-
-
-def _names(trace: Trace, n: int) -> list[str]:
-    return trace.documents or [str(i) for i in range(n)]
 
 
 def _make_site(result: Calibration, site: Site, d: int, size: int, memory_limit: int) -> SiteStatistics:
@@ -257,16 +168,16 @@ def _check_finite(site: str, rows: Tensor, origin: Origin) -> None:
     )
 
 
-def _count(trace: Trace, result: Calibration, shared: Origin | None) -> int:
-    """Add a trace's tokens (items, where there are no tokens) and documents; return the tokens."""
-    if shared is None:
-        tokens = documents = len(next(iter(trace.items()))[1])
+def _count(batch: Batch, result: Calibration, tokens: Origin | None) -> int:
+    """Add a batch's tokens (items, where there are no tokens) and documents; return the tokens."""
+    if tokens is None:
+        read = documents = len(batch.documents)
     else:
-        tokens = len(shared)
-        documents = int(((shared.position == 0) & (shared.place == 0)).sum())
-    result.tokens += tokens
+        read = len(tokens)
+        documents = int(((tokens.position == 0) & (tokens.place == 0)).sum())
+    result.tokens += read
     result.documents += documents
-    return tokens
+    return read
 
 
 def _warn_if_common(result: Calibration) -> None:
@@ -294,43 +205,3 @@ def _progress_line(wanted: bool, total: int | None) -> Iterator[Callable[..., No
             yield advance
     else:
         yield lambda *_: None
-
-
-@dataclass(frozen=True)
-class _Text:
-    id: str
-    text: str
-
-
-class _Watched:
-    """A corpus that notes its name and hash while it is read, and names strings by their content.
-
-    A string's name must not depend on its place in the corpus, or a calibration made in parts would
-    sample other rows than one made at once.
-    """
-
-    def __init__(self, corpus: Any) -> None:
-        found = getattr(corpus, "pixels", corpus)
-        self.inputs: Tensor | None = found if isinstance(found, Tensor) else None
-        self.name = str(getattr(corpus, "name", "inputs" if self.inputs is not None else "text"))
-        self._corpus: Iterable[Any] = [corpus] if isinstance(corpus, str) else corpus
-        self._known: str | None = getattr(corpus, "hash", None)
-        self._digest = hashlib.sha256()
-        if self.inputs is not None:
-            self._digest.update(self.inputs.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
-
-    def __iter__(self) -> Iterator[Any]:
-        for document in self._corpus:
-            text = document if isinstance(document, str) else document.text
-            data = text.encode("utf-8", "surrogatepass")
-            if self._known is None:
-                self._digest.update(len(data).to_bytes(8, "big") + data)
-            if isinstance(document, str):
-                yield _Text("text-" + hashlib.sha256(data).hexdigest()[:16], text)
-            else:
-                yield document
-
-    @property
-    def hash(self) -> str:
-        """The corpus's own hash, or SHA-256 of the inputs that were read."""
-        return self._known if isinstance(self._known, str) else self._digest.hexdigest()
