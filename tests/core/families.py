@@ -90,7 +90,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("phi3", _decoder(tf.Phi3ForCausalLM, tf.Phi3Config, **_LLAMA)),
     Family("gemma", _decoder(tf.GemmaForCausalLM, tf.GemmaConfig, **_LLAMA, head_dim=8)),
     Family("gemma2", _decoder(tf.Gemma2ForCausalLM, tf.Gemma2Config, **_LLAMA, head_dim=8, sliding_window=4)),
-    Family("gemma3", _decoder(tf.Gemma3ForCausalLM, tf.Gemma3TextConfig, **_LLAMA, head_dim=8, sliding_window=4)),
+    Family(
+        "gemma3", _decoder(tf.Gemma3ForCausalLM, tf.Gemma3TextConfig, **_LLAMA, head_dim=8, sliding_window=4)
+    ),
     Family(
         "gpt2",
         _decoder(tf.GPT2LMHeadModel, tf.GPT2Config, n_embd=32, n_layer=3, n_head=4, n_positions=64, **_TEXT),

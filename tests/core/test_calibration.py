@@ -276,10 +276,9 @@ def test_bad_input_is_named(model: Model) -> None:
 
 def test_too_much_memory_is_refused_before_it_is_taken(model: Model) -> None:
     with pytest.raises(InputError, match="raise memory_limit") as caught:
-        calibrate(model, TEXTS, SITES, "hessian", memory_limit=12_000)
-    assert "blocks.0.mlp.act (48 channels) take 20.7 kB, with the sites before it 30.5 kB" in str(
-        caught.value
-    )
+        calibrate(model, TEXTS, SITES, "hessian", memory_limit=25_000)
+    said = "blocks.1.resid_post (32 channels) take 9.7 kB, with the sites before it 30.5 kB"
+    assert said in str(caught.value)
     assert calibrate(model, TEXTS, SITES, "hessian", memory_limit=60_000).tokens == sum(map(len, TEXTS))
 
 

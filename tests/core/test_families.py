@@ -55,14 +55,21 @@ def test_every_canonical_site_exists_or_says_why_not(family: Family) -> None:
             assert len(site.absent) > 10, site.name
     trace = model.trace(inputs, present(model), stop=False)
     for site in model.sites():
-        if site.absent is None and site.features is not None and "pattern" not in site.kind and "scores" not in site.kind:
+        if (
+            site.absent is None
+            and site.features is not None
+            and "pattern" not in site.kind
+            and "scores" not in site.kind
+        ):
             assert tuple(trace[site.name].shape[-len(site.features) :]) == site.features, site.name
 
 
 def test_resid_post_equals_hidden_states(family: Family) -> None:
     model = family.model()
     inputs = family.inputs(model.module)
-    trace = model.trace(inputs, [n for n in present(model) if "resid_p" in n or "embed" in n or "final_norm" in n])
+    trace = model.trace(
+        inputs, [n for n in present(model) if "resid_p" in n or "embed" in n or "final_norm" in n]
+    )
     out = run(model, inputs, output_hidden_states=True)
     assert model.layout is not None
     for tower in model.layout.towers:
@@ -137,7 +144,7 @@ def test_projections_and_residual_identity(family: Family) -> None:
 
             def at(kind: str, i: int = i, tower: object = tower) -> Tensor | None:
                 name = join(tower.name, f"blocks.{i}.{kind}")  # type: ignore[attr-defined]
-                return trace[name] if name in trace else None
+                return trace[name] if name in trace else None  # noqa: SIM401
 
             def project(path: str, norm: str, x: Tensor, block: torch.nn.Module = block) -> Tensor:
                 linear = find(block, path)
@@ -149,11 +156,15 @@ def test_projections_and_residual_identity(family: Family) -> None:
 
             z, out = at("attn.z"), at("attn.out")
             assert z is not None and out is not None
-            torch.testing.assert_close(project(tower.out_proj, tower.attn_out_norm, z.flatten(-2)), out, **CLOSE)
+            torch.testing.assert_close(
+                project(tower.out_proj, tower.attn_out_norm, z.flatten(-2)), out, **CLOSE
+            )
             act, mlp_out = at("mlp.act"), at("mlp.out")
             assert mlp_out is not None
             if act is not None:
-                torch.testing.assert_close(project(tower.down_proj, tower.mlp_out_norm, act), mlp_out, **CLOSE)
+                torch.testing.assert_close(
+                    project(tower.down_proj, tower.mlp_out_norm, act), mlp_out, **CLOSE
+                )
             pre, mid, post = at("resid_pre"), at("resid_mid"), at("resid_post")
             assert pre is not None and post is not None
             cross = at("cross_attn.out")
@@ -214,7 +225,7 @@ def test_writing_a_site_has_an_effect_and_is_undone(family: Family) -> None:
             continue
         with model.edit(Scale(name, 1.5)):
             after = run(model, inputs)
-        last_row_only = name.startswith("vision.") or name.startswith("text.")
+        last_row_only = name.startswith(("vision.", "text."))
         if not last_row_only:
             assert not same(before, after), name
         assert same(before, run(model, inputs)), name

@@ -87,7 +87,9 @@ def test_same_tokens_with_and_without_cache_padding_and_batch(family: str, name:
         assert cached != plain
 
 
-@pytest.mark.parametrize("name", ["generated", "last", "first and later", "gate per sequence", "patch", "knockout"])
+@pytest.mark.parametrize(
+    "name", ["generated", "last", "first and later", "gate per sequence", "patch", "knockout"]
+)
 def test_same_tokens_under_beam_search_and_sampling(name: str) -> None:
     model = BY_NAME["llama"].model()
     edit = EDITS[name]
@@ -115,7 +117,9 @@ def test_transformers_own_generate_sees_the_edit_too() -> None:
     model = BY_NAME["llama"].model()
     with model.edit(EDITS["generated"]):
         ours = tokens(model, PROMPTS)
-        theirs = model.module.generate(**padded(PROMPTS), max_new_tokens=6, do_sample=False, eos_token_id=None)
+        theirs = model.module.generate(
+            **padded(PROMPTS), max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
     assert [row.tolist() for row in theirs[:, 6:]] == ours
 
 

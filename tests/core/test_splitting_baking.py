@@ -80,7 +80,10 @@ BAKED = [
     ("blocks.1.resid_post", lambda s: Add(s, torch.linspace(-1, 1, 32)) * 2),
     ("blocks.0.mlp.out", lambda s: Add(s, torch.linspace(-1, 1, 32))),
     ("blocks.0.attn.out", lambda s: Add(s, torch.linspace(-1, 1, 32))),
-    ("blocks.0.mlp.out", lambda s: ProjectOut(s, torch.randn(2, 32, generator=torch.Generator().manual_seed(0)))),
+    (
+        "blocks.0.mlp.out",
+        lambda s: ProjectOut(s, torch.randn(2, 32, generator=torch.Generator().manual_seed(0))),
+    ),
     ("blocks.*.attn.out", lambda s: ProjectOut(s, torch.linspace(-1, 1, 32)) * 0.5),
     ("blocks.1.attn.z", lambda s: HeadScale(s, {0: 0.0, 2: 3.0})),
     ("blocks.1.attn.z[head=1]", lambda s: Zero(s)),

@@ -146,7 +146,9 @@ def save_artifact(
     try:
         files[MANIFEST] = json.dumps(whole, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise InputError(f"cannot save {kind} to {path}: its description is not plain data ({error})") from error
+        raise InputError(
+            f"cannot save {kind} to {path}: its description is not plain data ({error})"
+        ) from error
     return write_folder(path, files)
 
 
@@ -212,15 +214,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"{file} is not readable JSON ({error}); save or copy the artifact again") from error
+        raise ArtifactError(
+            f"{file} is not readable JSON ({error}); save or copy the artifact again"
+        ) from error
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not isinstance(manifest.get("kind"), str):
         raise ArtifactError(f"{file} lacks the fields 'kind' and 'files'; it is not an Actlas artifact")
     if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
         raise ArtifactError(
-            f"{path} has format {manifest.get('format')}, and this Actlas reads up to {FORMAT}; upgrade Actlas"
+            f"{path} has format {manifest.get('format')}; this Actlas reads up to {FORMAT}: upgrade it"
         )
-    return manifest
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def _sha256(data: str | bytes) -> str:

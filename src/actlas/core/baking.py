@@ -102,7 +102,9 @@ def _change_of(
     if id(module) not in changes:
         bias = getattr(module, "bias", None)
         matrix = weight.T if type(module).__name__ == "Conv1D" else weight
-        changes[id(module)] = _Change(module, matrix.detach().clone(), None if bias is None else bias.detach().clone())
+        changes[id(module)] = _Change(
+            module, matrix.detach().clone(), None if bias is None else bias.detach().clone()
+        )
     return changes[id(module)]
 
 

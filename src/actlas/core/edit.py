@@ -71,7 +71,11 @@ class Scope:
         return ", ".join(said)
 
     def mask(self, here: Pass, ids: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
-        """Return where the scope holds in this pass: bool `[batch, length]` or `[batch, 1]`, or `None` for everywhere."""
+        """Return where the scope holds in this pass.
+
+        Returns:
+            Bool `[batch, length]` or `[batch, 1]`; `None` means everywhere.
+        """
         parts: list[Tensor] = []
         if self.rows is not None:
             rows = here.rows(device)
@@ -90,7 +94,7 @@ class Scope:
             if self.positions == "last":
                 parts.append((positions == ends - 1) | (positions >= ends))
             else:
-                numbers = torch.tensor(cast("tuple[int, ...]", self.positions), device=device)
+                numbers = torch.tensor(self.positions, device=device)
                 targets = torch.where(numbers < 0, ends + numbers, numbers.unsqueeze(0))
                 parts.append((positions.unsqueeze(-1) == targets.unsqueeze(1)).any(-1))
         if not parts:
@@ -146,7 +150,7 @@ class Condition:
             score = score.unsqueeze(1)
         if score.ndim != 2:
             raise ShapeError(
-                f"the lens of a condition must give one score per token; it gave {tuple(score.shape)}: name a feature"
+                f"a condition's lens must give one score per token, not {list(score.shape)}: name a feature"
             )
         if self.per == "sequence":
             score = self._sequence(score, here, key)
@@ -163,7 +167,9 @@ class Condition:
         if state is not None and key in state.memory:
             return state.memory[key].repeat_interleave(here.repeats, dim=0)
         if here.past:
-            raise InputError("a per-sequence gate must see the prompt; start from the prompt, not from a cache")
+            raise InputError(
+                "a per-sequence gate must see the prompt; start from the prompt, not from a cache"
+            )
         real = here.prompt_mask(score.device)
         score = score[:, : real.shape[1]]
         if self.reduce == "last":
@@ -256,7 +262,8 @@ class Edit:
         fingerprint = model.fingerprint if model is not None else self.fingerprint
         if fingerprint is None:
             raise InputError("an edit is saved for a model; give it: edit.save(path, model=model)")
-        records, tensors = [], {}
+        records: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
         for i, part in enumerate(self.parts()):
             record, held = part._record()
             records.append({"type": type(part).__name__, **record})
@@ -289,12 +296,16 @@ class Edit:
         for i, record in enumerate(records):
             cls = EDIT_TYPES.get(record.get("type", ""))
             if cls is None:
-                raise ArtifactError(f"{path} holds an edit of unknown type {record.get('type')!r}; upgrade Actlas")
+                raise ArtifactError(
+                    f"{path} holds an edit of unknown type {record.get('type')!r}; upgrade Actlas"
+                )
             held = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.split(".", 1)[0] == str(i)}
             try:
                 parts.append(cls._rebuild(record, held))
             except (KeyError, TypeError, ValueError) as error:
-                raise ArtifactError(f"{path} holds an incomplete {record['type']} ({error}); save it again") from error
+                raise ArtifactError(
+                    f"{path} holds an incomplete {record['type']} ({error}); save it again"
+                ) from error
         edit = parts[0] if len(parts) == 1 else Composition(tuple(parts))
         return edit if force else edit.bind(fingerprint)
 
@@ -430,9 +441,13 @@ class ActivationEdit(Edit):
         if self.condition is not None:
             activation = here.run.values.get(key)
             if activation is None:
-                raise InputError(f"the gate of {self.describe()} has read nothing; its site comes later in the pass")
+                raise InputError(
+                    f"the gate of {self.describe()} has read nothing; its site comes later in the pass"
+                )
             gate = self.condition.weight(activation, here.run, key)
-            weight = gate if weight is None else (gate & weight if gate.dtype == torch.bool else gate * weight)
+            weight = (
+                gate if weight is None else (gate & weight if gate.dtype == torch.bool else gate * weight)
+            )
         if weight is None:
             return self.change(x, here)
         if not bool(weight.any()):
@@ -442,7 +457,9 @@ class ActivationEdit(Edit):
         shape = [weight.shape[0], *([1] * (x.ndim - 1))]
         if weight.shape[1] != 1:
             if x.ndim <= axis or x.shape[axis] != weight.shape[1]:
-                raise InputError(f"{self.describe()}: {here.site.name} has no token axis of length {weight.shape[1]}")
+                raise InputError(
+                    f"{self.describe()}: {here.site.name} has no token axis of length {weight.shape[1]}"
+                )
             shape[axis] = weight.shape[1]
         weight = weight.reshape(shape)
         if weight.dtype == torch.bool:
@@ -464,7 +481,10 @@ class ActivationEdit(Edit):
                 if value is not None:
                     lens_record, lens_tensors = value.lens._record()
                     options = {g.name: getattr(value, g.name) for g in fields(Condition) if g.name != "lens"}
-                    record["condition"] = {"lens": {"type": type(value.lens).__name__, **lens_record}, **options}
+                    record["condition"] = {
+                        "lens": {"type": type(value.lens).__name__, **lens_record},
+                        **options,
+                    }
                     tensors |= {f"lens.{n}": t for n, t in lens_tensors.items()}
             elif isinstance(value, Tensor):
                 tensors[f.name] = value
@@ -474,9 +494,11 @@ class ActivationEdit(Edit):
 
     @classmethod
     def _rebuild(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
-        given = {k: v for k, v in record.items() if k not in ("type", "scope", "condition")}
-        own = {n: t for n, t in tensors.items() if not n.startswith("lens.")}
-        scope = {k: tuple(v) if isinstance(v, list) else v for k, v in record.get("scope", {}).items()}
+        given: dict[str, Any] = {k: v for k, v in record.items() if k not in ("type", "scope", "condition")}
+        given |= {n: t for n, t in tensors.items() if not n.startswith("lens.")}
+        scope: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in record.get("scope", {}).items()
+        }
         condition = None
         if record.get("condition"):
             from actlas.core.lens import rebuild_lens
@@ -484,7 +506,7 @@ class ActivationEdit(Edit):
             options = {k: v for k, v in record["condition"].items() if k != "lens"}
             lens_tensors = {n.removeprefix("lens."): t for n, t in tensors.items() if n.startswith("lens.")}
             condition = Condition(rebuild_lens(record["condition"]["lens"], lens_tensors), **options)
-        return cls(**given, **own, scope=Scope(**scope), condition=condition)
+        return cls(**given, scope=Scope(**scope), condition=condition)
 
 
 def replace_edit(edit: Any, **changes: Any) -> Edit:
@@ -512,9 +534,11 @@ def check_features(value: Tensor, site: Site, name: str) -> None:
             raise ShapeError(f"{name} has shape {list(value.shape)}, but {site.name} is [{site.shape}]")
 
 
-def _positions(given: int | range | slice | Sequence[int] | Literal["last"]) -> tuple[int, ...] | Literal["last"]:
+def _positions(
+    given: int | range | slice | Sequence[int] | Literal["last"],
+) -> tuple[int, ...] | Literal["last"]:
     if isinstance(given, str):
-        return cast("Literal['last']", given)
+        return given
     if isinstance(given, int):
         return (given,)
     if isinstance(given, slice):

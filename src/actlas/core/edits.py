@@ -87,7 +87,9 @@ class MeanAblate(ActivationEdit):
     def check(self, site: Site) -> None:
         check_tensor(self.mean, "MeanAblate.mean")
         if site.features is not None and self.mean.numel() != _numel(site.features):
-            raise ShapeError(f"MeanAblate.mean has shape {list(self.mean.shape)}, but {site.name} is [{site.shape}]")
+            raise ShapeError(
+                f"MeanAblate.mean has shape {list(self.mean.shape)}, but {site.name} is [{site.shape}]"
+            )
 
 
 @register_edit
@@ -160,11 +162,13 @@ class Replace(ActivationEdit):
             return new.expand_as(x).clone()
         if new.ndim != x.ndim or run.length is None or x.shape[1] != run.length:
             raise ShapeError(
-                f"Replace.with_value has shape {list(new.shape)}; the activation at {here.site.name} is {list(x.shape)}"
+                f"Replace.with_value has shape {list(new.shape)}, but {here.site.name} is {list(x.shape)}"
             )
         rows = run.rows(x.device)
         if new.shape[0] not in (1, int(rows[-1]) + 1):
-            raise ShapeError(f"Replace.with_value has {new.shape[0]} rows, but the batch has {int(rows[-1]) + 1}")
+            raise ShapeError(
+                f"Replace.with_value has {new.shape[0]} rows, but the batch has {int(rows[-1]) + 1}"
+            )
         positions = run.positions(x.device)
         covered = (positions >= 0) & (positions < new.shape[1])
         source = rows if new.shape[0] != 1 else torch.zeros_like(rows)
@@ -194,7 +198,11 @@ class ProjectOut(ActivationEdit):
         rows = self.directions.reshape(-1, self.directions.shape[-1])
         rows = rows.to(device=device, dtype=torch.promote_types(rows.dtype, torch.float32))
         u, s, _ = torch.linalg.svd(rows.T, full_matrices=False)
-        return u[:, s > s.max() * 1e-6] if s.numel() and float(s.max()) > 0 else u[:, :0]
+        kept = (
+            s > s.max() * 1e-6 if s.numel() and float(s.max()) > 0 else torch.zeros_like(s, dtype=torch.bool)
+        )
+        basis: Tensor = u[:, kept]
+        return basis
 
 
 @register_edit
@@ -225,7 +233,8 @@ class Clamp(ActivationEdit):
         unit = self.direction.to(x)
         unit = unit / unit.norm()
         along = (x * unit).sum(-1, keepdim=True)
-        return x + (along.clamp(self.low, self.high) - along) * unit
+        moved: Tensor = x + (along.clamp(self.low, self.high) - along) * unit
+        return moved
 
 
 @register_edit
@@ -317,18 +326,22 @@ class AttentionEdit(ActivationEdit):
     heads: tuple[int, ...] | None = None
 
     @classmethod
-    def knockout(cls, site: str, keys: tuple[int, ...], heads: tuple[int, ...] | None = None) -> AttentionEdit:
+    def knockout(
+        cls, site: str, keys: tuple[int, ...], heads: tuple[int, ...] | None = None
+    ) -> AttentionEdit:
         """Return the edit that forbids attention to the keys at these positions."""
         return cls(site, keys=tuple(keys), bias=-1e9, heads=heads)
 
     def check(self, site: Site) -> None:
         if not site.kind.endswith("scores"):
-            raise InputError(f"AttentionEdit needs a site of scores, e.g. 'blocks.5.attn.scores', not {site.name}")
+            raise InputError(
+                f"AttentionEdit needs a site of scores, e.g. 'blocks.5.attn.scores', not {site.name}"
+            )
         if self.temperature <= 0:
             raise InputError(f"temperature is {self.temperature}; it must be positive")
 
     def change(self, x: Tensor, here: Here) -> Tensor:
-        new = x / self.temperature**self.strength
+        new: Tensor = x / self.temperature**self.strength
         if self.bias:
             shift = self.bias * self.strength
             if self.keys is None:

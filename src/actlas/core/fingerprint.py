@@ -82,7 +82,9 @@ def _family(f: Fingerprint) -> str:
     return f.model_type or f.architecture
 
 
-def fingerprint_of(module: nn.Module, tokenizer: Any = None, sizes: Mapping[str, int] | None = None) -> Fingerprint:
+def fingerprint_of(
+    module: nn.Module, tokenizer: Any = None, sizes: Mapping[str, int] | None = None
+) -> Fingerprint:
     """Compute the fingerprint of a module and its tokenizer.
 
     Args:

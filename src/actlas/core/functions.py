@@ -123,7 +123,7 @@ class _Mode(TorchFunctionMode):
         """Raise when the attention call that was asked for never came."""
         if self.scores or self.pattern or self.linear:
             raise SiteError(
-                f"{self.where} computes attention in a way that cannot be observed (a flash-attention kernel?); "
+                f"{self.where} computes attention in a way that cannot be observed (flash attention?); "
                 "load the model with attn_implementation='sdpa' or 'eager'"
             )
 

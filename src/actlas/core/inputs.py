@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actlas.core.errors import InputError, ModelError, NonFiniteError
+from actlas.core.layout import forward_parameters, plain_module
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -102,7 +102,9 @@ class InputEncoder:
         if isinstance(inputs, (list, tuple)) and all(isinstance(x, Tensor) for x in inputs):
             shapes = {tuple(x.shape) for x in inputs}
             if len(shapes) != 1:
-                raise InputError(f"the inputs have different shapes: {', '.join(str(list(s)) for s in shapes)}")
+                raise InputError(
+                    f"the inputs have different shapes: {', '.join(str(list(s)) for s in shapes)}"
+                )
             inputs = torch.stack(list(inputs))
         if not isinstance(inputs, Tensor):
             try:
@@ -115,7 +117,7 @@ class InputEncoder:
             inputs = inputs.to(self._model.dtype)
         if self._model.kind in ("image-classifier", "image-encoder") and inputs.ndim == 3:
             inputs = inputs.unsqueeze(0)
-        name = getattr(getattr(self._model.module, "_orig_mod", self._model.module), "main_input_name", None)
+        name = getattr(plain_module(self._model.module), "main_input_name", None)
         if name and self._model.config is not None:
             return {name: self._move(inputs)}
         return {"_args": (self._move(inputs),)}
@@ -129,19 +131,24 @@ class InputEncoder:
         limit = self._model.context_length
         if limit is not None and ids.shape[1] > limit:
             if not truncate:
-                raise InputError(f"the prompt has {ids.shape[1]} tokens; {self._model.name} has a context of {limit}")
-            encoded = {k: v[:, :limit] if isinstance(v, Tensor) and v.ndim == 2 else v for k, v in encoded.items()}
+                raise InputError(
+                    f"the prompt has {ids.shape[1]} tokens; {self._model.name} has a context of {limit}"
+                )
+            encoded = {
+                k: v[:, :limit] if isinstance(v, Tensor) and v.ndim == 2 else v for k, v in encoded.items()
+            }
         mask = encoded.get("attention_mask")
-        if padding_side == "left" and isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
-            if "position_ids" in _parameters(self._model.module) and "position_ids" not in encoded:
-                encoded["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+        takes_positions = "position_ids" in forward_parameters(self._model.module)
+        wanted = padding_side == "left" and takes_positions and "position_ids" not in encoded
+        if wanted and isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            encoded["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         return self._decoder_start(encoded)
 
     def _decoder_start(self, encoded: dict[str, Any]) -> dict[str, Any]:
         config = self._model.config
         if not getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in encoded:
             return encoded
-        if "decoder_input_ids" not in _parameters(self._model.module):
+        if "decoder_input_ids" not in forward_parameters(self._model.module):
             return encoded
         start = getattr(config, "decoder_start_token_id", None)
         main = next((v for v in encoded.values() if isinstance(v, Tensor)), None)
@@ -151,14 +158,10 @@ class InputEncoder:
         return {**encoded, "decoder_input_ids": ids}
 
     def _reads_tokens(self) -> bool:
-        return "input_ids" in _parameters(self._model.module)
+        return "input_ids" in forward_parameters(self._model.module)
 
     def _move(self, value: Any) -> Any:
         return value.to(self._model.device) if isinstance(value, Tensor) else value
-
-
-def _parameters(module: nn.Module) -> Mapping[str, Any]:
-    return inspect.signature(type(getattr(module, "_orig_mod", module)).forward).parameters
 
 
 def _is_chat(value: Any) -> bool:

@@ -166,7 +166,9 @@ class Installation:
             pieces = self.model.tokenizer.encode(token, add_special_tokens=False)
             if len(pieces) != 1:
                 names = self.model.tokenizer.convert_ids_to_tokens(pieces)
-                raise InputError(f"tokens={token!r} is {len(pieces)} tokens ({', '.join(names)}); name single tokens")
+                raise InputError(
+                    f"tokens={token!r} is {len(pieces)} tokens ({', '.join(names)}); name single tokens"
+                )
             ids.append(pieces[0])
         return tuple(ids)
 
@@ -195,7 +197,9 @@ class Installation:
             if new is x:
                 return x
             if new.shape != x.shape:
-                raise InputError(f"{edit.describe()} made {list(new.shape)} of {list(x.shape)} at {site.name}")
+                raise InputError(
+                    f"{edit.describe()} made {list(new.shape)} of {list(x.shape)} at {site.name}"
+                )
             if not track.changed:
                 track.changed = not torch.equal(new, x)
             return new
@@ -228,7 +232,7 @@ class Installation:
         if not callable(getattr(module, "generate", None)):
             return
         own = module.__dict__.get("generate")
-        original = module.generate
+        original: Callable[..., Any] = module.generate  # type: ignore[assignment]
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             mask = kwargs.get("attention_mask")
@@ -280,7 +284,11 @@ class Installation:
             if not track.ran and not final:
                 continue
             track.said = True
-            why = "its scope matched no token, or it wrote what was there already" if track.ran else "its site never ran"
+            why = (
+                "its scope matched no token, or it wrote what was there already"
+                if track.ran
+                else "its site never ran"
+            )
             warnings.warn(f"{track.edit.describe()} changed nothing: {why}", EditHadNoEffect, stacklevel=4)
 
 

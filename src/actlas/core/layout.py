@@ -11,6 +11,7 @@ each. Nothing here runs a model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -73,7 +74,8 @@ class Heads:
     head_dim: int
 
     def read(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim))
+        cut: Tensor = x.unflatten(-1, (self.heads, self.head_dim))
+        return cut
 
     def write(self, x: Tensor, part: Tensor) -> Tensor:
         return part.reshape(x.shape)
@@ -111,12 +113,14 @@ class Interleaved:
 
     def read(self, x: Tensor) -> Tensor:
         whole = x.unflatten(-1, (self.groups, self.per_group, self.head_dim))
-        return whole[..., self.start : self.stop, :].flatten(-3, -2)
+        part: Tensor = whole[..., self.start : self.stop, :].flatten(-3, -2)
+        return part
 
     def write(self, x: Tensor, part: Tensor) -> Tensor:
         whole = x.unflatten(-1, (self.groups, self.per_group, self.head_dim)).clone()
         whole[..., self.start : self.stop, :] = part.unflatten(-2, (self.groups, self.stop - self.start))
-        return whole.reshape(x.shape)
+        raw: Tensor = whole.reshape(x.shape)
+        return raw
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,20 @@ def find(module: nn.Module, path: str) -> nn.Module | None:
         if not isinstance(current, nn.Module):
             return None
     return current if isinstance(current, nn.Module) else None
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """Return the module behind `torch.compile`, or the module itself."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a module's forward method by name (without `self`)."""
+    forward = vars(type(plain_module(module))).get("forward") or type(plain_module(module)).forward
+    found = dict(inspect.signature(forward).parameters)
+    found.pop("self", None)
+    return found
 
 
 def join(*parts: str) -> str:

@@ -12,7 +12,7 @@ somebody reads or edits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from actlas.core.errors import InputError, ModelError
 from actlas.core.fingerprint import Fingerprint, fingerprint_of
 from actlas.core.inputs import InputEncoder
 from actlas.core.installation import Installation, PassWatcher
-from actlas.core.layout import Layout, Tower, find, join
+from actlas.core.layout import Layout, Tower, find, forward_parameters, join, plain_module
 from actlas.core.layouts import layout_of
 from actlas.core.sites import Site, SiteResolver
 from actlas.core.streaming import stream_traces
@@ -78,7 +78,7 @@ class Model:
         self.processor = processor
         self.name = name or type(module).__name__
         self.source = source
-        plain = getattr(module, "_orig_mod", module)
+        plain = plain_module(module)
         self.config: Any = getattr(plain, "config", None)
         self.layout: Layout | None = layout_of(plain)
         self.kind = kind or _kind_of(plain, self.config, self.layout)
@@ -160,7 +160,7 @@ class Model:
                 sizes[join(tower.name, field)] = getattr(tower, field)
         if self.vocab_size is not None:
             sizes["vocab_size"] = self.vocab_size
-        return fingerprint_of(getattr(self.module, "_orig_mod", self.module), self.tokenizer, sizes)
+        return fingerprint_of(plain_module(self.module), self.tokenizer, sizes)
 
     def block(self, index: int, tower: str | None = None) -> nn.Module:
         """Return a block by number (negative ones count from the end).
@@ -309,7 +309,9 @@ class Model:
             encoded, prompt_mask = self._with_generated(inputs, max_new_tokens)
         else:
             encoded = self.encode(inputs)
-        return self._run(encoded, resolved, grad=grad, stop=stop, attention_rows=attention_rows, prompt_mask=prompt_mask)
+        return self._run(
+            encoded, resolved, grad=grad, stop=stop, attention_rows=attention_rows, prompt_mask=prompt_mask
+        )
 
     def _run(
         self,
@@ -335,17 +337,17 @@ class Model:
             recorder.attach(stack)
             stack.enter_context(torch.set_grad_enabled(grad))
             options = {"use_cache": False} if _takes_cache(self.module) else {}
-            try:
+            with suppress(StopForward):
                 output = self._call(encoded, **{k: v for k, v in options.items() if k not in encoded})
-            except StopForward:
-                pass
         missing = [s.name for s in sites if s.name not in recorder.values]
         if missing:
             raise InputError(f"{missing[0]} never ran in this forward pass")
         values = {s.name: recorder.values[s.name] for s in sites}
         length = prompt_mask.shape[1] if prompt_mask is not None else None
         inputs = {k: v for k, v in encoded.items() if not k.startswith("_")}
-        return Trace(self, sites, values, inputs, output, bases=recorder.bases, prompt_length=length, **labels)
+        return Trace(
+            self, sites, values, inputs, output, bases=recorder.bases, prompt_length=length, **labels
+        )
 
     def _with_generated(self, inputs: Any, n: int) -> tuple[dict[str, Any], Tensor]:
         encoded = self.encode(inputs, padding_side="left")
@@ -491,14 +493,17 @@ class Model:
             stack.enter_context(torch.random.fork_rng(devices=_devices(self.device)))
             torch.manual_seed(seed)
             stack.enter_context(torch.no_grad())
-            sequences = self.module.generate(**encoded, **settings)
+            run: Callable[..., Tensor] = self.module.generate  # type: ignore[assignment]
+            sequences = run(**encoded, **settings)
         return self._generation(inputs, encoded, sequences)
 
     @contextmanager
     def _rows(self, encoded: dict[str, Any], edits: Sequence[Edit | None]) -> Iterator[None]:
         rows = next(v for v in encoded.values() if isinstance(v, Tensor)).shape[0]
         if len(edits) != rows:
-            raise InputError(f"edits_by_row has {len(edits)} entries for {rows} prompts; give one for each, or None")
+            raise InputError(
+                f"edits_by_row has {len(edits)} entries for {rows} prompts; give one for each, or None"
+            )
         limited = [e.at(rows=i) for i, e in enumerate(edits) if e is not None]
         if not limited:
             yield
@@ -547,9 +552,7 @@ def _text_config(config: Any) -> Any:
 
 
 def _takes_cache(module: nn.Module) -> bool:
-    import inspect
-
-    return "use_cache" in inspect.signature(type(getattr(module, "_orig_mod", module)).forward).parameters
+    return "use_cache" in forward_parameters(module)
 
 
 def _devices(device: torch.device) -> list[int]:

@@ -106,7 +106,11 @@ class Pass:
         whole = after.clone()
         upto = min(n, columns.shape[0])
         whole[:, :upto] = in_prompt[:, :upto]
-        if self.generation is None and self.full_mask is not None and self.full_mask.shape[1] == columns.shape[0]:
+        if (
+            self.generation is None
+            and self.full_mask is not None
+            and self.full_mask.shape[1] == columns.shape[0]
+        ):
             real = self.full_mask.to(device)
             whole = torch.where(real, real.cumsum(1) - 1, -1)
         return whole if everything else whole[:, self.past :]
@@ -146,7 +150,15 @@ class PassReader:
         main = tokens if tokens is not None else embeds
         if not isinstance(main, Tensor):
             first = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor)), None)
-            return Pass(first.shape[0] if first is not None and first.ndim else 1, None, None, None, 0, None, generation)
+            return Pass(
+                first.shape[0] if first is not None and first.ndim else 1,
+                None,
+                None,
+                None,
+                0,
+                None,
+                generation,
+            )
         batch, length = main.shape[0], main.shape[1]
         past = _cached(bound.get("past_key_values"))
         full = bound.get("attention_mask")

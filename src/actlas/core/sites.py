@@ -3,7 +3,7 @@
 The grammar, checked as a whole before anything runs:
 
     embed | final_norm | logits
-    blocks.{which}.{kind}          which: 5 | 4-9 | 0,3,5 | -1 | *     kind: resid_post | attn.z | attn.* | ...
+    blocks.{which}.{kind}          which: 5 | 4-9 | 0,3,5 | -1 | *    kind: resid_post | attn.z | attn.*
     {tower}.blocks.{which}.{kind}  in models with two towers (encoder, decoder, text, vision)
     module:{path}[.input|.output]  any submodule of any model
     any of these + [head=3] | [head=0,2] | [head=0-3] | [channel=17]
@@ -255,9 +255,9 @@ class SiteResolver:
         match = _BLOCK.match(name)
         if towers and (match is None or match["tower"] is None):
             return f"; it has the towers {' and '.join(towers)}, e.g. '{towers[0]}.{name}'"
-        if match is not None and (tower := self._tower(match["tower"] or "")) is not None:
-            if not _blocks(match["which"], tower.n_blocks):
-                return f": it has blocks 0 to {tower.n_blocks - 1}, not {match['which']}"
+        tower = self._tower(match["tower"] or "") if match is not None else None
+        if match is not None and tower is not None and not _blocks(match["which"], tower.n_blocks):
+            return f": it has blocks 0 to {tower.n_blocks - 1}, not {match['which']}"
         return did_you_mean(name, [s.name for s in self._sites.values() if s.absent is None])
 
     def _module_site(self, name: str) -> Site:

@@ -17,7 +17,7 @@ Installed edits apply in both parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,9 @@ def split_at(model: Model, site: str) -> tuple[Head, Tail]:
     def head(inputs: Any) -> SplitState:
         return _run_head(model, where, tower, skip, model.encode(inputs))
 
-    def tail(state: SplitState, activation: Tensor | None = None, *, grad: bool = False, **options: Any) -> Any:
+    def tail(
+        state: SplitState, activation: Tensor | None = None, *, grad: bool = False, **options: Any
+    ) -> Any:
         return _run_tail(model, tower, state, activation, grad, options)
 
     return head, tail
@@ -98,7 +100,9 @@ def _blocks_before(site: Site, tower: Tower | None) -> int:
     return site.block + 1 if site.kind == "resid_post" else site.block
 
 
-def _run_head(model: Model, site: Site, tower: Tower | None, skip: int, encoded: dict[str, Any]) -> SplitState:
+def _run_head(
+    model: Model, site: Site, tower: Tower | None, skip: int, encoded: dict[str, Any]
+) -> SplitState:
     found: dict[str, Any] = {}
     watcher = PassWatcher(model)
 
@@ -121,10 +125,8 @@ def _run_head(model: Model, site: Site, tower: Tower | None, skip: int, encoded:
         handle = attach(model.module, site, read, batch=lambda: watcher.of(site).batch)
         stack.callback(handle.remove)
         stack.enter_context(torch.no_grad())
-        try:
+        with suppress(StopForward):
             model._call(encoded, **_no_cache(model, encoded))
-        except StopForward:
-            pass
     if "activation" not in found:
         raise InputError(f"{site.name} never ran in this forward pass")
     output = found.get("returned")
@@ -133,7 +135,12 @@ def _run_head(model: Model, site: Site, tower: Tower | None, skip: int, encoded:
 
 
 def _run_tail(
-    model: Model, tower: Tower | None, state: SplitState, activation: Tensor | None, grad: bool, options: dict[str, Any]
+    model: Model,
+    tower: Tower | None,
+    state: SplitState,
+    activation: Tensor | None,
+    grad: bool,
+    options: dict[str, Any],
 ) -> Any:
     value = state.activation if activation is None else activation
     factor = _factor(value, state)

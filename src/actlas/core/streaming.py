@@ -27,7 +27,9 @@ class Window:
     ids: tuple[int, ...]
 
 
-def windows(model: Model, corpus: Iterable[Any], context: int | None = None, max_tokens: int | None = None) -> Iterator[Window]:
+def windows(
+    model: Model, corpus: Iterable[Any], context: int | None = None, max_tokens: int | None = None
+) -> Iterator[Window]:
     """Yield the windows of a corpus, document by document.
 
     Args:

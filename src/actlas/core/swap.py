@@ -151,7 +151,9 @@ class LowRankLinear(nn.Module):
         weight = weight_matrix(linear).detach()
         limit = min(weight.shape)
         if not 1 <= rank <= limit:
-            raise InputError(f"rank is {rank}; this {weight.shape[0]} x {weight.shape[1]} map allows 1 to {limit}")
+            raise InputError(
+                f"rank is {rank}; this {weight.shape[0]} x {weight.shape[1]} map allows 1 to {limit}"
+            )
         u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
         bias = getattr(linear, "bias", None)
         new = cls(weight.shape[1], weight.shape[0], rank, bias is not None)

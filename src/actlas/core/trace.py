@@ -134,7 +134,9 @@ class Trace:
         x = self[site]
         kind = next((s.kind for s in self.sites if s.name == site), "")
         if kind in ATTENTION_KINDS:
-            raise SiteError(f"{site} is [batch, heads, query, key] and has no rows of tokens; index it directly")
+            raise SiteError(
+                f"{site} is [batch, heads, query, key] and has no rows of tokens; index it directly"
+            )
         mask = self.mask
         if mask is None or x.ndim < 3 or x.shape[:2] != mask.shape:
             return x.flatten(0, 1) if x.ndim > 2 else x
@@ -169,7 +171,9 @@ class Trace:
             raise InputError("this trace holds no gradients; make it with grad=True")
         value = metric if isinstance(metric, Tensor) else metric(self.logits)
         if value.numel() != 1 or not value.requires_grad:
-            raise InputError(f"the metric must be one number computed from the logits; it is {list(value.shape)}")
+            raise InputError(
+                f"the metric must be one number computed from the logits; it is {list(value.shape)}"
+            )
         names = list(self._bases)
         bases = [self._bases[n] for n in names]
         grads = torch.autograd.grad(value.sum(), bases, retain_graph=True, allow_unused=True)

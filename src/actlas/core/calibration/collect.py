@@ -48,8 +48,8 @@ def calibrate(
 ) -> Calibration:
     """Read a corpus once and return statistics of the activations at some sites.
 
-    Memory grows neither with the corpus nor with what lies between sites: one site's activations of one
-    batch at a time, and what the statistics keep (`actlas.core.calibration.accumulators` says how much). Padding never counts.
+    Memory does not grow with the corpus: there are one site's activations of one batch at a time, and
+    what the statistics keep (`actlas.core.calibration.accumulators` says how much). Padding never counts.
 
     Args:
         model: the model; edits that are installed on it are part of what is measured, and recorded.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,10 +153,8 @@ def read_batch(
             size = _size_reader(watcher, site)
             stack.callback(attach(model.module, site, reader(site), batch=size).remove)
         options = {"use_cache": False} if _takes_cache(model.module) else {}
-        try:
+        with suppress(StopForward):
             model._call(batch.encoded, **options)
-        except StopForward:
-            pass
     if left:
         raise InputError(f"{min(left)} never ran in this forward pass")
 

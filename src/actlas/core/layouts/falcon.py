@@ -33,9 +33,7 @@ def build(model: nn.Module) -> Layout:
         q, k, v = fused(fused_at, head_dim, heads, 1, 1)
     else:
         kv_heads = heads
-        q, k, v = (
-            Tap(fused_at, "output", (Interleaved(heads, 3, head_dim, i, i + 1),)) for i in range(3)
-        )
+        q, k, v = (Tap(fused_at, "output", (Interleaved(heads, 3, head_dim, i, i + 1),)) for i in range(3))
     sites: dict[str, Taps] = {
         "resid_pre": Tap("", "input"),
         "attn_norm": (Tap("ln_attn"), Tap("input_layernorm")),
