@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from actlas.core.edit import ActivationEdit, Edit, Scope
+from actlas.core.edit import ActivationEdit, Edit
 from actlas.core.edits import Add, HeadScale, ProjectOut, Scale, SwapModule, Zero
 from actlas.core.errors import InputError
 from actlas.core.layout import Tower, find, join
 from actlas.core.model import Model
+from actlas.core.scope import Scope
 from actlas.core.sites import Site, site_shape
 
 

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from actlas.core.edit import ActivationEdit, Edit, Here, Scope, check_tensor, register_edit
+from actlas.core.edit import ActivationEdit, Edit, Here, check_tensor, register_edit
 from actlas.core.errors import InputError, ShapeError
 from actlas.core.layout import ATTENTION_KINDS
-from actlas.core.swap import SwapModule as SwapModule
+from actlas.core.scope import Scope
+from actlas.core.swap import SwapModule
 
 if TYPE_CHECKING:
     from actlas.core.lens import Lens

@@ -98,7 +98,7 @@ class InputEncoder:
     def _other(self, inputs: Any) -> dict[str, Any]:
         processor = self._model.processor
         if processor is not None and not isinstance(inputs, Tensor):
-            return {k: self._move(v) for k, v in dict(processor(inputs)).items()}
+            return {k: self._move(v) for k, v in dict(processor(inputs, return_tensors="pt")).items()}
         if isinstance(inputs, (list, tuple)) and all(isinstance(x, Tensor) for x in inputs):
             shapes = {tuple(x.shape) for x in inputs}
             if len(shapes) != 1:

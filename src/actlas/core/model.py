@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from actlas.core.edit import Edit, compose
 from actlas.core.errors import InputError, ModelError
 from actlas.core.fingerprint import Fingerprint, fingerprint_of
+from actlas.core.generating import Generation, generate
 from actlas.core.inputs import InputEncoder
 from actlas.core.installation import Installation, PassWatcher
 from actlas.core.layout import Layout, Tower, find, forward_parameters, join, plain_module
@@ -30,23 +30,6 @@ from actlas.core.layouts import layout_of
 from actlas.core.sites import Site, SiteResolver
 from actlas.core.streaming import stream_traces
 from actlas.core.trace import Recorder, StopForward, Trace
-
-
-@dataclass
-class Generation:
-    """What `Model.generate` returns.
-
-    Attributes:
-        texts: the generated text of each row (prompt left out).
-        tokens: the generated ids of each row, int64 `[n]`, cut after the end-of-text token.
-        prompts: the prompts as given.
-        sequences: whole rows as transformers returns them, `[rows, columns]`.
-    """
-
-    texts: list[str]
-    tokens: list[Tensor]
-    prompts: list[str]
-    sequences: Tensor
 
 
 class Model:
@@ -462,89 +445,23 @@ class Model:
             ModelError: the model does not generate text.
             InputError: unusable input or options.
         """
-        if not callable(getattr(self.module, "generate", None)):
-            raise ModelError(f"{self.name} ({self.kind}) does not generate text")
-        encoded = self.encode(inputs, padding_side="left")
-        encoded.pop("decoder_input_ids", None)
-        if self.kind == "causal-lm":
-            encoded.pop("position_ids", None)
-            limit, length = self.context_length, encoded["input_ids"].shape[1]
-            if limit is not None and length + max_new_tokens > limit:
-                raise InputError(
-                    f"the prompt has {length} tokens and max_new_tokens is {max_new_tokens}; "
-                    f"{self.name} has a context of {limit}"
-                )
-        settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "num_beams": num_beams,
-            "use_cache": use_cache,
-            "do_sample": temperature > 0,
-            **options,
-        }
-        if temperature > 0:
-            settings |= {"temperature": temperature, "top_p": top_p, "top_k": options.get("top_k", 0)}
-        if self.tokenizer is not None:
-            settings.setdefault("pad_token_id", self._encoder.pad_id)
-        if on_token is not None:
-            settings["streamer"] = _Streamer(on_token)
-        with ExitStack() as stack:
-            if edits_by_row is not None:
-                stack.enter_context(self._rows(encoded, edits_by_row))
-            stack.enter_context(torch.random.fork_rng(devices=_devices(self.device)))
-            torch.manual_seed(seed)
-            stack.enter_context(torch.no_grad())
-            run: Callable[..., Tensor] = self.module.generate  # type: ignore[assignment]
-            sequences = run(**encoded, **settings)
-        return self._generation(inputs, encoded, sequences)
-
-    @contextmanager
-    def _rows(self, encoded: dict[str, Any], edits: Sequence[Edit | None]) -> Iterator[None]:
-        rows = next(v for v in encoded.values() if isinstance(v, Tensor)).shape[0]
-        if len(edits) != rows:
-            raise InputError(
-                f"edits_by_row has {len(edits)} entries for {rows} prompts; give one for each, or None"
-            )
-        limited = [e.at(rows=i) for i, e in enumerate(edits) if e is not None]
-        if not limited:
-            yield
-            return
-        with self.edit(*limited):
-            yield
-
-    def _generation(self, inputs: Any, encoded: dict[str, Any], sequences: Tensor) -> Generation:
-        prompt = encoded["input_ids"].shape[1] if self.kind == "causal-lm" else 0
-        ends = set(_as_list(getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)))
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            ends.add(self.tokenizer.eos_token_id)
-        tokens = []
-        for row in sequences[:, prompt:]:
-            stops = [i for i, t in enumerate(row.tolist()) if t in ends]
-            tokens.append(row[: stops[0] + 1] if stops else row)
-        texts: list[str] = []
-        if self.tokenizer is not None:
-            texts = [self.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
-        prompts = [inputs] if isinstance(inputs, str) else [p for p in inputs if isinstance(p, str)]
-        return Generation(texts, tokens, prompts if not isinstance(inputs, dict) else [], sequences)
+        return generate(
+            self,
+            inputs,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            num_beams=num_beams,
+            seed=seed,
+            use_cache=use_cache,
+            edits_by_row=edits_by_row,
+            on_token=on_token,
+            options=options,
+        )
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.module.parameters())
         return f"<Model {self.name}: {type(self.module).__name__}, {size:,} parameters, {self.kind}>"
-
-
-class _Streamer:
-    """Adapts transformers' streamer protocol to a callback."""
-
-    def __init__(self, on_token: Callable[[Tensor], None]) -> None:
-        self._on_token, self._prompt = on_token, True
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt:
-            self._prompt = False
-            return
-        self._on_token(value)
-
-    def end(self) -> None:
-        self._prompt = True
 
 
 def _text_config(config: Any) -> Any:
@@ -553,16 +470,6 @@ def _text_config(config: Any) -> Any:
 
 def _takes_cache(module: nn.Module) -> bool:
     return "use_cache" in forward_parameters(module)
-
-
-def _devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
-
-
-def _as_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [int(value)]
 
 
 def _kind_of(module: nn.Module, config: Any, layout: Layout | None) -> str:

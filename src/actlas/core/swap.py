@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from actlas.core.edit import Edit, Phase, register_edit
+from actlas.core.edit import Edit, register_edit
 from actlas.core.errors import ArtifactError, InputError
 from actlas.core.layout import find, weight_matrix
+from actlas.core.scope import Phase
 
 if TYPE_CHECKING:
     from actlas.core.installation import Installation
