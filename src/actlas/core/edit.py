@@ -137,6 +137,8 @@ class Edit:
             ArtifactError: not a whole, untampered edit.
             FingerprintError: it was made for another model.
         """
+        import actlas.core.edits  # noqa: F401  (makes the kinds known)
+
         manifest, tensors = load_artifact(path, "edit")
         fingerprint = Fingerprint.from_json(manifest.get("fingerprint"), path)
         if model is not None and not force:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actlas.core.edit import Edit, compose
+from actlas.core.edit import Edit
 from actlas.core.errors import InputError, ModelError
 from actlas.core.fingerprint import Fingerprint, fingerprint_of
 from actlas.core.generating import Generation, generate
@@ -385,13 +385,12 @@ class Model:
     # -- editing ------------------------------------------------------------------------------
 
     def edit(self, *edits: Edit) -> Installation:
-        """Install edits for the length of a `with` block; blocks nest.
+        """Install edits for the length of a `with` block; blocks nest, and no edits change nothing.
 
         Raises:
             SiteError, ShapeError, FingerprintError, InputError: an edit that does not fit, before
             anything is changed.
         """
-        compose(edits)
         return Installation(self, edits)
 
     @property

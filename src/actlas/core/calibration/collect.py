@@ -93,15 +93,22 @@ def calibrate(
         keep_massive=keep_massive,
         under=tuple(edit.describe() for edit in model.installed),
     )
+    # All accumulators are made before the first pass: small blocks that outlive the large ones around
+    # them would pin the heap, and the process would grow by several times what is in use.
+    for site in resolved:
+        if site.features is not None:
+            made = _make_site(result, site, math.prod(site.features), rows, memory_limit)
+            result.sites[site.name] = made
     with _progress_line(progress, max_tokens) as advance:
         for batch in source.batches(model, batch_tokens, context, max_tokens):
             tokens = batch.origin(seed)
 
             def take(site: Site, x: Tensor, batch: Batch = batch, tokens: Origin | None = tokens) -> None:
-                values, origin = rows_of(x, site, batch, tokens, seed)
-                if site.name not in result.sites:
-                    result.sites[site.name] = _make_site(result, site, values.shape[1], rows, memory_limit)
-                _take_rows(result.sites[site.name], site, values, origin, keep_massive)
+                for values, origin in rows_of(x, site, batch, tokens, seed):
+                    if site.name not in result.sites:
+                        found = _make_site(result, site, values.shape[1], rows, memory_limit)
+                        result.sites[site.name] = found
+                    _take_rows(result.sites[site.name], site, values, origin, keep_massive)
 
             read_batch(model, batch, resolved, take)
             advance(_count(batch, result, tokens))

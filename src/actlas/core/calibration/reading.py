@@ -26,6 +26,7 @@ from actlas.core.sites import Site
 from actlas.core.streaming import batches, windows
 from actlas.core.trace import StopForward
 
+_PIECE = 512  # rows handed over at once
 _ITEMS = 16  # inputs without tokens (images) in a batch
 
 
@@ -163,8 +164,10 @@ def _size_reader(watcher: PassWatcher, site: Site) -> Callable[[], int]:
     return lambda: watcher.of(site).batch
 
 
-def rows_of(x: Tensor, site: Site, batch: Batch, tokens: Origin | None, seed: int) -> tuple[Tensor, Origin]:
-    """Return the rows `[n, d]` of a site's value, padding left out, and where they come from.
+def rows_of(
+    x: Tensor, site: Site, batch: Batch, tokens: Origin | None, seed: int
+) -> Iterator[tuple[Tensor, Origin]]:
+    """Yield the rows `[n, d]` of a site's value, padding left out, and where they come from, in pieces.
 
     Sites with tokens give one row a token, heads flattened. Any other module's output gives one row
     for each item (`[batch, d]`), item and place (`[batch, n, d]`) or pixel (`[batch, d, height, width]`).
@@ -184,10 +187,14 @@ def rows_of(x: Tensor, site: Site, batch: Batch, tokens: Origin | None, seed: in
         raise SiteError(f"{site.name} holds {what}; a calibration needs floats [batch, ..., channels]")
     mask = batch.mask
     if mask is not None and tokens is not None:
-        if x.ndim > 2 and x.shape[:2] == mask.shape:
-            return x[mask.to(x.device)].flatten(1), tokens
-        if x.ndim == 2 and len(x) == mask.numel():
-            return x[mask.reshape(-1).to(x.device)], tokens
+        by_token = x.ndim > 2 and x.shape[:2] == mask.shape
+        if by_token or (x.ndim == 2 and len(x) == mask.numel()):
+            flat = x.flatten(2).flatten(0, 1) if by_token else x
+            real = mask.reshape(-1).nonzero().squeeze(1)
+            for start in range(0, len(real), _PIECE):
+                piece = torch.arange(start, min(start + _PIECE, len(real)))
+                yield flat[real[piece].to(x.device)], tokens.select(piece)
+            return
     if x.ndim == 4:
         x = x.movedim(1, -1)
     items = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
@@ -195,7 +202,9 @@ def rows_of(x: Tensor, site: Site, batch: Batch, tokens: Origin | None, seed: in
     item, place = torch.arange(n).repeat_interleave(places), torch.arange(places).repeat(n)
     names = batch.documents if len(batch.documents) == n else [str(i) for i in range(n)]
     origin = Origin(names, item, place, place, torch.full_like(place, -1), seed)
-    return items.reshape(n * places, d), origin
+    flat = items.reshape(n * places, d)
+    for start in range(0, len(flat), _PIECE):
+        yield flat[start : start + _PIECE], origin.select(torch.arange(start, min(start + _PIECE, len(flat))))
 
 
 def check_row_sites(sites: Sequence[Site]) -> list[Site]:

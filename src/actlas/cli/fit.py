@@ -1,0 +1,169 @@
+"""`actlas fit METHOD MODEL [DATA]`: fit any method of the registry and save what it gives."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actlas.cli.calibrate import check_target
+from actlas.cli.output import Output
+from actlas.cli.shared import Debug, Json, ModelName, Seed, example, load_model, new_app, one_list, session
+from actlas.core.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from actlas.core.methods import MethodInfo
+    from actlas.core.model import Model
+
+app = new_app()
+
+
+@app.command(
+    epilog=example(
+        "actlas fit probe smollm2 sentiment --site blocks.15.resid_post -o probe/",
+        "actlas fit pca smollm2 prose --site blocks.15.resid_post --option k=32 -o pca/",
+        "actlas methods                                      (lists what can be fitted)",
+    )
+)
+def fit(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A name that 'actlas methods' lists.")],
+    model: ModelName,
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DATA]", help="A corpus, a task, or a JSONL file; 'actlas methods NAME' says which."
+        ),
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option("--site", metavar="SITE", help="Where. Repeat for several.")
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to save it; default: METHOD/.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="An option of the method. Repeatable."),
+    ] = None,
+    json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Fit a method and save the lens or edit that it gives."""
+    with session(json=json, debug=debug) as out:
+        from actlas.core.methods import find_method
+
+        info = find_method(method)
+        options = _options(info, one_list(site), option or [], seed)
+        if info.data != "none" and data is None:
+            raise InputError(f"{method} needs data ({_wanted(info)}); see 'actlas methods {method}'")
+        target = out_folder or Path(method)
+        if info.returns != "Measurement":
+            check_target(target)
+        if info.data == "corpus" and data is not None:
+            given: Any = _load_data(info, data, None, seed)  # before the model: it is quicker to be wrong
+            loaded = load_model(model)
+        else:
+            loaded = load_model(model)
+            given = None if data is None else _load_data(info, data, loaded, seed)
+        arguments = (loaded,) if info.data == "none" else (loaded, given)
+        _finish(out, info, loaded, info.fit(*arguments, **options), target)
+
+
+def _finish(out: Output, info: MethodInfo, model: Model, made: Any, target: Path) -> None:
+    """Save a lens or an edit, and show what was measured about it."""
+    from actlas.core.measurement import Measurement
+
+    out.document = {"method": info.name, "model": model.name, "returns": info.returns}
+    if info.returns == "Measurement":
+        found: Sequence[Measurement] = [made] if isinstance(made, Measurement) else list(made)
+    else:
+        made.save(target, model)
+        found = tuple(getattr(made, "measurements", ()))
+        said = made.describe() if hasattr(made, "describe") else f"{type(made).__name__} at {made.site}"
+        out.document |= {"saved": str(target), "about": said}
+        out.say(f"{said}, saved in {target}")
+        out.say(*_use(made, model.name, target))
+    out.document["measurements"] = list(found)
+    out.measurements(found)
+
+
+def _use(made: Any, model: str, target: Path) -> list[str]:
+    """Return how to go on with what was fitted, as command lines."""
+    from actlas.core.edit import Edit
+    from actlas.core.lens import Lens
+    from actlas.core.tuned_lens import TunedLens
+
+    if isinstance(made, Edit):
+        return [f"use it: actlas generate {model} PROMPT --edit {target}"]
+    if isinstance(made, TunedLens):
+        return [f"use it: actlas trace {model} PROMPT --lens {target}"]
+    if type(made).direction is not Lens.direction:
+        return [f"steer along a feature: actlas generate {model} PROMPT --edit '{target}#0*4'"]
+    return []
+
+
+def _options(info: MethodInfo, sites: list[str], given: list[str], seed: int) -> dict[str, Any]:
+    """Return the method's keyword arguments.
+
+    Raises:
+        InputError: not KEY=VALUE, an option that the method has not got, or a required one missing.
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        key, sign, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or not key:
+            raise InputError(f"--option {text!r} is not KEY=VALUE, e.g. --option k=32")
+        if key not in info.options:
+            has = ", ".join(info.options) or "none"
+            raise InputError(
+                f"{info.name} has no option {key!r}{did_you_mean(key, info.options)} (it has {has})"
+            )
+        options[key] = _value(value)
+    if sites:
+        if "site" not in info.options:
+            raise InputError(f"{info.name} is not fitted at a site; leave out --site")
+        options["site"] = sites[0] if len(sites) == 1 else sites
+    if info.needs_site and "site" not in options:
+        raise InputError(f"{info.name} is fitted at a site; give one, e.g. --site blocks.15.resid_post")
+    if "seed" in info.options:
+        options.setdefault("seed", seed)
+    missing = [name for name, default in info.options.items() if default is ... and name not in options]
+    if missing:
+        raise InputError(
+            f"{info.name} needs the option {missing[0]!r}; give it as --option {missing[0]}=VALUE"
+        )
+    return options
+
+
+def _value(text: str) -> Any:
+    """Read a value: JSON where it is JSON (numbers, true, lists), else text."""
+    try:
+        return jsonlib.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _load_data(info: MethodInfo, name: str, model: Model | None, seed: int) -> Any:
+    """Turn a name or path into what the method takes."""
+    from actlas import data as room
+
+    tokenizer = None if model is None else model.tokenizer
+    if info.data == "corpus":
+        return room.corpus(name, seed=seed)
+    if info.data == "task":
+        return room.task(name, tokenizer, n=128, seed=seed)
+    return room.labelled(name, tokenizer, seed=seed, only_pairs=info.data == "pairs")
+
+
+def _wanted(info: MethodInfo) -> str:
+    return {
+        "corpus": "a corpus: prose, code, docs, mixed, a file or a folder",
+        "task": "a task's name",
+        "labelled": "JSONL with text and label, or a task's name",
+        "pairs": "JSONL with positive and negative, or a task's name",
+        "none": "none",
+    }[info.data]
