@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,12 +138,10 @@ def test_left_padding_never_contributes(model: Model, monkeypatch: pytest.Monkey
         encoded = model.encode([d.text for d in documents], padding_side="left")
         yield Batch(encoded, [d.id for d in documents], [0] * len(documents))
 
-    def poisoned(
-        x: Tensor, site: Site, batch: Batch, tokens: Origin | None, seed: int
-    ) -> tuple[Tensor, Origin]:
+    def poisoned(x: Tensor, site: Site, batch: Batch, *rest: Any) -> Iterator[tuple[Tensor, Origin]]:
         x = x.clone()
         x[~batch.mask] = math.nan
-        return rows_of(x, site, batch, tokens, seed)
+        return rows_of(x, site, batch, *rest)
 
     monkeypatch.setattr(Source, "batches", left_padded)
     monkeypatch.setattr("actlas.core.calibration.collect.rows_of", poisoned)
@@ -277,7 +276,7 @@ def test_bad_input_is_named(model: Model) -> None:
 def test_too_much_memory_is_refused_before_it_is_taken(model: Model) -> None:
     with pytest.raises(InputError, match="raise memory_limit") as caught:
         calibrate(model, TEXTS, SITES, "hessian", memory_limit=25_000)
-    said = "blocks.1.resid_post (32 channels) take 9.7 kB, with the sites before it 30.5 kB"
+    said = "blocks.0.mlp.act (48 channels) take 20.7 kB, with the sites before it 30.5 kB"
     assert said in str(caught.value)
     assert calibrate(model, TEXTS, SITES, "hessian", memory_limit=60_000).tokens == sum(map(len, TEXTS))
 
@@ -304,6 +303,16 @@ def test_non_finite_values_are_named_by_site_document_and_position(model: Model,
     assert "blocks.1.mlp.out: 2 of" in str(caught.value)
     assert "'bad' at position 3" in str(caught.value)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+
+
+def test_rows_come_in_small_pieces(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = calibrate(model, TEXTS, SITES, ALL, rows=16)
+    monkeypatch.setattr("actlas.core.calibration.reading._PIECE", 7)
+    pieces = calibrate(model, TEXTS, SITES, ALL, rows=16)
+    for site in SITES:
+        torch.testing.assert_close(pieces[site].mean, whole[site].mean, rtol=1e-12, atol=1e-12)
+        assert torch.equal(pieces[site].rows, whole[site].rows)
+        assert torch.equal(pieces[site].parts["sketch"].counts, whole[site].parts["sketch"].counts)
 
 
 def test_reading_stops_after_the_last_site_and_holds_one_site_at_a_time(model: Model) -> None:

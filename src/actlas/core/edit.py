@@ -137,8 +137,6 @@ class Edit:
             ArtifactError: not a whole, untampered edit.
             FingerprintError: it was made for another model.
         """
-        import actlas.core.edits  # noqa: F401  (makes the kinds known)
-
         manifest, tensors = load_artifact(path, "edit")
         fingerprint = Fingerprint.from_json(manifest.get("fingerprint"), path)
         if model is not None and not force:
@@ -148,7 +146,7 @@ class Edit:
         if not isinstance(records, list) or not records:
             raise ArtifactError(f"{path} holds no edits; save it again")
         for i, record in enumerate(records):
-            cls = EDIT_TYPES.get(record.get("type", ""))
+            cls = _edit_type(str(record.get("type", "")))
             if cls is None:
                 raise ArtifactError(
                     f"{path} holds an edit of unknown type {record.get('type')!r}; upgrade Actlas"
@@ -173,6 +171,15 @@ class Edit:
 
 
 EDIT_TYPES: dict[str, type[Edit]] = {}
+
+
+def _edit_type(name: str) -> type[Edit] | None:
+    """Return a kind of edit by name, looking in the rooms of this installation when it is new."""
+    if name not in EDIT_TYPES:
+        from actlas.core.methods import import_rooms
+
+        import_rooms()
+    return EDIT_TYPES.get(name)
 
 
 def register_edit(cls: type[Edit]) -> type[Edit]:

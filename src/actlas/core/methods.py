@@ -40,6 +40,7 @@ DataKind = Literal["corpus", "labelled", "pairs", "task", "none"]
 
 #: Rooms that may have methods, in the order in which they are listed.
 ROOMS: tuple[str, ...] = (
+    "measure",
     "dictionaries",
     "steering",
     "circuits",
@@ -52,7 +53,7 @@ ROOMS: tuple[str, ...] = (
     "merge",
     "select",
 )
-_OWN = ("actlas.core.probe", "actlas.core.pca", "actlas.core.tuned_lens")
+_OWN = ("actlas.core.edits", "actlas.core.probe", "actlas.core.pca", "actlas.core.tuned_lens")
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -172,6 +172,7 @@ def _decompose(
         unit="fraction",
         n=count,
         group={"site": site},
+        interval="none: it describes these rows",
         better="higher",
         note=f"of {keep} of {d} components, on the rows they were computed from",
         details={"components": keep},

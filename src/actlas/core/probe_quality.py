@@ -7,7 +7,7 @@ carry nothing, and the difference is reported with a bootstrap interval over hel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from actlas.core.errors import InputError
 from actlas.core.measurement import Measurement
 from actlas.core.probe_data import Examples
+from actlas.core.resampling import draws, mean_interval, percentiles, wilson
 
 Array = NDArray[np.float64]
 Scorer = Callable[[Array], Array]
-_RESAMPLES = 1000
 BOOTSTRAP = "bootstrap over held-out texts"
 
 
@@ -81,20 +81,18 @@ def judge(
     good = _per_item(test.y, scores, classify)
     name, unit = ("probe accuracy", "fraction") if classify else ("probe R2", "R2")
 
-    def report(what: str, value: float, interval: tuple[float, float], how: str, **more: Any) -> Measurement:
+    def report(what: str, values: Array, **more: Any) -> Measurement:
+        low, high = mean_interval(values, test.group, seed)
+        fields: dict[str, Any] = {"unit": unit, "low": low, "high": high, "interval": BOOTSTRAP, **more}
         return Measurement(
             name=what,
-            value=value,
-            unit=unit,
-            n=len(test.y),
-            low=interval[0],
-            high=interval[1],
-            interval=how,
+            value=float(values.mean()),
+            n=len(values),
             seed=seed,
             group=group,
             better="higher",
             details=about,
-            **more,
+            **fields,
         )
 
     noise: list[Array] = []
@@ -107,23 +105,18 @@ def judge(
     control = None
     if noise:
         mean = np.mean(noise, axis=0)
-        note = f"mean of {controls} fits to shuffled labels"
-        control = report(
-            f"{name}, shuffled labels", _mean(mean), _interval(mean, test, seed), BOOTSTRAP, note=note
-        )
-        found.append(control)
-        over = good - mean
-        found.append(
-            report(f"{name} above shuffled labels", _mean(over), _interval(over, test, seed), BOOTSTRAP)
-        )
+        control = report(f"{name}, shuffled labels", mean, note=f"mean of {controls} fits to shuffled labels")
+        found += [control, report(f"{name} above shuffled labels", good - mean)]
     if classify:
-        found.append(_auc(test, scores, seed, report))
+        area = float(auc(test.y, scores, np.ones((1, len(scores))))[0])
+        resampled = (auc(test.y, scores, weights) for weights in draws(test.group, seed))
+        low, high = percentiles(resampled, test.group)
+        found.append(replace(report("probe AUC", good, unit="AUC"), value=area, low=low, high=high))
+    exact: dict[str, Any] = {}
     if classify and len(np.unique(test.group)) == len(test.y):
-        interval, how = _wilson(int(good.sum()), len(good)), "wilson"
-    else:
-        interval, how = _interval(good, test, seed), BOOTSTRAP
-    main = report(name, _mean(good), interval, how, baseline=control, samples=good)
-    return scorer, (main, *found)
+        low, high = wilson(int(good.sum()), len(good))
+        exact = {"low": low, "high": high, "interval": "wilson"}
+    return scorer, (report(name, good, baseline=control, samples=good, **exact), *found)
 
 
 def _per_item(y: Array, scores: Array, classify: bool) -> Array:
@@ -136,12 +129,6 @@ def _per_item(y: Array, scores: Array, classify: bool) -> Array:
         raise InputError("the held-out labels are all equal, so there is nothing to predict; give more data")
     per_item: Array = 1 - (y - scores) ** 2 / variance
     return per_item
-
-
-def _auc(test: Examples, scores: Array, seed: int, report: Callable[..., Measurement]) -> Measurement:
-    interval = _percentiles(auc(test.y, scores, draws) for draws in _draws(test, seed))
-    value = float(auc(test.y, scores, np.ones((1, len(scores))))[0])
-    return replace(report("probe AUC", value, interval, BOOTSTRAP), unit="AUC")
 
 
 def auc(y: Array, scores: Array, weights: Array) -> Array:
@@ -163,36 +150,3 @@ def auc(y: Array, scores: Array, weights: Array) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):
         areas: Array = (positive * below).sum(1) / pairs
     return areas
-
-
-def _draws(test: Examples, seed: int) -> Iterator[Array]:
-    """Yield how often each item is drawn, `[draws, n]`, whole groups together, in blocks."""
-    _, code = np.unique(test.group, return_inverse=True)
-    n = int(code.max()) + 1
-    generator = np.random.default_rng(seed)
-    block = max(1, min(_RESAMPLES, 2_000_000 // len(code)))
-    for start in range(0, _RESAMPLES, block):
-        size = min(block, _RESAMPLES - start)
-        yield generator.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)[:, code]
-
-
-def _percentiles(blocks: Iterable[Array]) -> tuple[float, float]:
-    values = np.concatenate(list(blocks))
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _interval(values: Array, test: Examples, seed: int) -> tuple[float, float]:
-    """Return a percentile bootstrap interval of the mean, whole groups drawn together."""
-    return _percentiles(draws @ values / draws.sum(1) for draws in _draws(test, seed))
-
-
-def _wilson(successes: int, n: int) -> tuple[float, float]:
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def _mean(values: Array) -> float:
-    return float(values.mean())

@@ -118,6 +118,10 @@ class SwapModule(Edit):
     def _rebuild(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
         name = record["module"]["type"]
         if name not in MODULE_TYPES:
+            from actlas.core.methods import import_rooms
+
+            import_rooms()
+        if name not in MODULE_TYPES:
             raise ArtifactError(f"the edit holds a module of unknown type {name!r}; upgrade Actlas")
         module = MODULE_TYPES[name].from_config(record["module"]["config"])
         try:

@@ -26,6 +26,7 @@ from actlas.core.logit_lens import LogitLens
 from actlas.core.measurement import Measurement
 from actlas.core.methods import method
 from actlas.core.progress import progress
+from actlas.core.resampling import mean_interval
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -90,7 +91,7 @@ class TunedLens(Lens):
     returns="Lens",
     data="corpus",
     summary="affine translators that let the logit lens read early layers, trained on a corpus",
-    example="actlas fit tuned-lens smollm2 prose --site 'blocks.*.resid_post' -o tuned/",
+    example="actlas fit tuned-lens smollm2 prose --site blocks.20.resid_post -o tuned/",
 )
 def fit_tuned_lens(
     model: Model,
@@ -113,8 +114,9 @@ def fit_tuned_lens(
         steps: optimiser steps, one batch each.
         learning_rate: of Adam, decayed linearly to 0.
         batch_tokens: tokens of a forward pass.
-        sample: positions of a batch on which the loss is computed; most of the cost is the output head
-            (d_model x vocabulary for each position and layer).
+        sample: positions of a batch on which the loss is computed. Most of the cost is the output head,
+            `6 d_model vocabulary` operations for each position, site and step: about half a second a
+            site and step for `smollm2` on two cores, so name the sites you need.
         held_out: first batches of the corpus that are kept for measuring.
         seed: of the sampled positions.
 
@@ -149,7 +151,7 @@ def fit_tuned_lens(
     try:
         with progress("tuned lens", steps, "steps") as advance:
             for step, trace in enumerate(batches):
-                rows = _sampled(trace, read, sample, generator)
+                rows = _sampled(trace, read, sample, generator).rows
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate * (1 - step / steps)
                 optimiser.zero_grad()
@@ -201,9 +203,15 @@ def _endless(
         stream = itertools.islice(model.stream(data, sites, batch_tokens=batch_tokens), skip, None)
 
 
-def _sampled(
-    trace: Trace, sites: Sequence[Site], sample: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Sample:
+    """Activations at some positions: `[n, d]` by site, and each position's document."""
+
+    rows: dict[str, Tensor]
+    documents: list[str]
+
+
+def _sampled(trace: Trace, sites: Sequence[Site], sample: int, generator: torch.Generator) -> _Sample:
     """Return the activations at some positions, those left out at which any site is massive.
 
     A massive row is thousands of times larger than the others and would decide the gradients alone.
@@ -212,12 +220,18 @@ def _sampled(
     massive = torch.stack([massive_rows(x) for x in rows.values()]).any(0)
     ordinary = (~massive).nonzero().squeeze(1).cpu()
     chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:sample]]
-    return {name: x[chosen.to(x.device)].detach().clone() for name, x in rows.items()}
+    assert trace.mask is not None
+    lengths = trace.mask.sum(1).tolist()
+    documents = [d for d, n in zip(trace.documents, lengths, strict=True) for _ in range(n)]
+    kept = {name: x[chosen.to(x.device)].detach().clone() for name, x in rows.items()}
+    return _Sample(kept, [documents[i] for i in chosen.tolist()])
 
 
-def _scales(test: Sequence[dict[str, Tensor]], names: Sequence[str]) -> Tensor:
+def _scales(test: Sequence[_Sample], names: Sequence[str]) -> Tensor:
     """Return the root mean square of each site's activations, `[sites, 1]`: the unit of its bias."""
-    squares = [torch.cat([rows[name] for rows in test]).to(torch.float32).square().mean() for name in names]
+    squares = [
+        torch.cat([sample.rows[name] for sample in test]).to(torch.float32).square().mean() for name in names
+    ]
     return torch.stack(squares).sqrt().clamp(min=1e-6).unsqueeze(1)
 
 
@@ -231,35 +245,35 @@ def _kl(target: Tensor, said: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _measure(
-    model: Model, lens: TunedLens, test: Sequence[dict[str, Tensor]], last: str, seed: int
+    model: Model, lens: TunedLens, test: Sequence[_Sample], last: str, seed: int
 ) -> Iterator[Measurement]:
     """Yield for each site the held-out KL of the tuned lens, with the plain lens's as its baseline."""
-    targets = [_log_probabilities(model, rows[last]) for rows in test]
+    targets = [_log_probabilities(model, sample.rows[last]) for sample in test]
+    documents = [d for sample in test for d in sample.documents]
+
+    def report(what: str, site: str, found: list[Tensor], baseline: Measurement | None) -> Measurement:
+        values = torch.cat(found).double().cpu().numpy()
+        low, high = mean_interval(values, documents, seed)
+        return Measurement(
+            name=what,
+            value=float(values.mean()),
+            unit="nats/token",
+            n=len(set(documents)),
+            low=low,
+            high=high,
+            interval="bootstrap over documents",
+            seed=seed,
+            group={"site": site},
+            better="lower",
+            baseline=baseline,
+            details={"positions": len(values)},
+        )
+
     for name in lens.sites:
         plain, tuned = [], []
-        for rows, target in zip(test, targets, strict=True):
-            plain.append(_kl(target, _log_probabilities(model, rows[name])))
-            tuned.append(_kl(target, _log_probabilities(model, lens.translate(rows[name], name))))
-        baseline = _kl_measurement("logit lens KL", torch.cat(plain), name, seed, None)
-        yield _kl_measurement("tuned lens KL", torch.cat(tuned), name, seed, baseline)
-
-
-def _kl_measurement(
-    what: str, values: Tensor, site: str, seed: int, baseline: Measurement | None
-) -> Measurement:
-    n = len(values)
-    half = 1.96 * float(values.std()) / n**0.5 if n > 1 else float("nan")
-    mean = float(values.mean())
-    return Measurement(
-        name=what,
-        value=mean,
-        unit="nats/token",
-        n=n,
-        low=mean - half,
-        high=mean + half,
-        interval="normal, over held-out positions",
-        seed=seed,
-        group={"site": site},
-        better="lower",
-        baseline=baseline,
-    )
+        for sample, target in zip(test, targets, strict=True):
+            x = sample.rows[name]
+            plain.append(_kl(target, _log_probabilities(model, x)))
+            tuned.append(_kl(target, _log_probabilities(model, lens.translate(x, name))))
+        baseline = report("logit lens KL", name, plain, None)
+        yield report("tuned lens KL", name, tuned, baseline)

@@ -1,0 +1,3 @@
+"""Imports every method of this room, so that the registry knows it."""
+
+from actlas.sparsity import layer_skip, ppl_sparsity  # noqa: F401
