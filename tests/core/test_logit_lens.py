@@ -175,6 +175,17 @@ def test_training_brings_early_layers_closer_on_held_out_text(tmp_path: Path) ->
     assert torch.equal(again.weight, lens.weight)
 
 
+def test_biases_are_learned_in_units_of_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    options = {"steps": 3, "batch_tokens": 128, "held_out": 1, "learning_rate": 1e-2}
+    plain = fit_tuned_lens(model, TEXTS * 3, "blocks.0.resid_post", **options)
+    rms = float(model.trace(TEXTS[0], "blocks.0.resid_post")["blocks.0.resid_post"].square().mean().sqrt())
+    assert 0.5 * 0.01 * rms < float(plain.bias.abs().max()) < 3.5 * 0.01 * rms  # Adam's first steps
+    monkeypatch.setattr("actlas.core.tuned_lens._scales", lambda test, names: torch.full((1, 1), 1e-3))
+    small = fit_tuned_lens(model, TEXTS * 3, "blocks.0.resid_post", **options)
+    assert float(small.bias.abs().max()) < 3.5e-5
+
+
 def test_tuned_lens_bad_input() -> None:
     model = tiny()
     with pytest.raises(InputError, match="only the last block"):

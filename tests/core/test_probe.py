@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestCentroid
@@ -19,7 +20,7 @@ from actlas.core.errors import InputError, NonFiniteError, ShapeError, SiteError
 from actlas.core.lens import Lens
 from actlas.core.probe import Probe, fit_probe
 from actlas.core.probe_data import Examples, gather_examples, parse_items
-from actlas.core.probe_quality import auc, split
+from actlas.core.probe_quality import Scorer, auc, judge, split
 from tests.core.tiny import TEXTS, tiny
 
 SITE = "blocks.1.resid_post"
@@ -118,7 +119,9 @@ def test_measurements_show_the_effect_beside_its_control() -> None:
     assert accuracy.value > 0.8 and auc.value > 0.9 and auc.unit == "AUC"
     assert 0.35 < control.value < 0.65 and accuracy.baseline == control
     assert above.value == pytest.approx(accuracy.value - control.value) and above.low > 0.1
-    assert accuracy.interval == "wilson" and accuracy.details["fitted on"] == 160
+    assert accuracy.interval.startswith("wilson") and accuracy.details["fitted on"] == 160
+    exact = binomtest(round(accuracy.value * accuracy.n), accuracy.n).proportion_ci(0.95, method="wilson")
+    assert (accuracy.low, accuracy.high) == pytest.approx((exact.low, exact.high))
     assert len(fit_probe(None, (x, y), SITE, controls=0).measurements) == 2
 
 
@@ -140,6 +143,25 @@ def test_auc_equals_scikit_learn_with_ties_and_weights() -> None:
     expected = [roc_auc_score(y, scores, sample_weight=w) for w in weights]
     np.testing.assert_allclose(auc(y, scores, weights), expected, rtol=1e-12)
     assert np.isnan(auc(y, scores, y[None])).all()
+
+
+def test_the_control_repeats_fit_and_test_with_shuffled_labels() -> None:
+    y = np.arange(80) % 2.0
+    examples = Examples(np.stack([y - 0.5, np.arange(80.0)], 1), y, np.arange(80))
+    parts = split(examples, 0.3, 0)
+    seen: list[np.ndarray] = []
+
+    def fit(given: Examples) -> Scorer:
+        seen.append(given.y)
+        return lambda x: x[:, 0]  # knows the true labels, whatever it was shown
+
+    _, (accuracy, control, _, _) = judge(
+        fit, examples, parts, classify=True, controls=3, seed=0, about={}, group={}
+    )
+    assert accuracy.value == 1.0 and 0.3 < control.value < 0.7
+    assert np.array_equal(seen[0], y[parts[0]]) and len(seen) == 4
+    for shown in seen[1:]:
+        assert shown.sum() == seen[0].sum() and not np.array_equal(shown, seen[0])
 
 
 def test_the_same_seed_gives_the_same_probe() -> None:
@@ -181,7 +203,9 @@ def test_a_probe_reads_pairs_of_texts_and_steers(site: str, method: str, tmp_pat
     model = tiny()
     probe = fit_probe(model, PAIRS, site, method=method)
     assert probe.measurements[0].value == 1.0  # the last characters differ
-    assert probe.measurements[0].interval != "wilson"  # the two texts of a pair are not independent
+    # The two texts of a pair are not independent: 4 pairs are held out, not 8 texts.
+    assert probe.measurements[0].n == 8
+    assert probe.measurements[0].low == pytest.approx(1 / (1 + 1.96**2 / 4), abs=1e-3)
     trace = model.trace([p for p, _ in PAIRS], site)
     assert (probe.score(trace.last(site)) > 0).all()
     probe.save(tmp_path / "p")

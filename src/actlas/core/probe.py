@@ -136,6 +136,8 @@ def fit_probe(
     """
     if method not in ("means", "logistic", "ridge"):
         raise InputError(f"method is {method!r}; it must be 'means', 'logistic' or 'ridge'")
+    if isinstance(controls, bool) or not isinstance(controls, int) or controls < 0:
+        raise InputError(f"controls is {controls!r}; it must be a whole number, 0 or more")
     where = None if model is None else _one_site(model, site)
     examples = gather_examples(model, data, where, position)
     _check_labels(examples, method)
@@ -252,8 +254,8 @@ def _check_labels(examples: Examples, method: str) -> None:
 def _penalty(given: float | None, method: str, d: int) -> float:
     if given is None:
         return float(d) if method == "ridge" else 1.0
-    if not given > 0:
-        raise InputError(f"regularisation is {given}; it must be above 0")
+    if not isinstance(given, (int, float)) or not given > 0:
+        raise InputError(f"regularisation is {given!r}; it must be a number above 0")
     return float(given)
 
 

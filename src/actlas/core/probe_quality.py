@@ -32,8 +32,8 @@ def split(examples: Examples, fraction: float, seed: int) -> tuple[NDArray[np.in
     """
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-    if not 0.05 <= fraction <= 0.5:
-        raise InputError(f"the held-out fraction is {fraction}; it must lie between 0.05 and 0.5")
+    if not isinstance(fraction, (int, float)) or not 0.05 <= fraction <= 0.5:
+        raise InputError(f"the held-out fraction is {fraction!r}; it must lie between 0.05 and 0.5")
     folds = max(2, round(1 / fraction))
     groups = len(np.unique(examples.group))
     if groups < folds:
@@ -113,9 +113,9 @@ def judge(
         low, high = percentiles(resampled, test.group)
         found.append(replace(report("probe AUC", good, unit="AUC"), value=area, low=low, high=high))
     exact: dict[str, Any] = {}
-    if classify and len(np.unique(test.group)) == len(test.y):
-        low, high = wilson(int(good.sum()), len(good))
-        exact = {"low": low, "high": high, "interval": "wilson"}
+    if classify:
+        low, high = wilson(float(good.mean()), len(np.unique(test.group)))
+        exact = {"low": low, "high": high, "interval": "wilson over held-out texts or pairs"}
     return scorer, (report(name, good, baseline=control, samples=good, **exact), *found)
 
 

@@ -61,7 +61,7 @@ def fit_layer_skip(
     room="sparsity",
     returns="Edit",
     data="none",
-    summary="layer-adaptive computation: skip or leave out of the readout the layers that are void for a token",
+    summary="layer-adaptive computation: skip, or leave out of the readout, layers void for a token",
     example="actlas fit lac smollm2 --option mode=skip --option alpha=0.5 -o lac/",
     papers=("void",),
 )

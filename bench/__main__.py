@@ -1,0 +1,26 @@
+"""`python -m bench [NAME ...] [--rounds N]`: run benchmarks; exit status 1 if a target is missed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+NAMES = ("startup", "kernels", "loading", "reading", "streaming")
+
+
+def main() -> int:
+    """Run the benchmarks that were named, or all."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds per benchmark (default: 5)")
+    args = parser.parse_args()
+    wrong = [name for name in args.names if name not in NAMES]
+    if wrong:
+        parser.error(f"no benchmark is called {wrong[0]!r}; there are {', '.join(NAMES)}")
+    met = [importlib.import_module(f"bench.{name}").main(args.rounds) for name in args.names or NAMES]
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The sections of a card, one file each; `actlas.report.registry` finds every module here."""
