@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -95,6 +96,12 @@ def worker(module: str, variant: str) -> None:
 # -- the parent's side --------------------------------------------------------------------------------
 
 
+# glibc hands freed memory back to the system and takes it again, page by page, depending on what else is
+# held; that alone makes a bare forward pass 8% slower than one whose activations are kept. Timed variants
+# keep what they got, so that ratios compare work. (Memory benchmarks use `fresh`, with the default.)
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
+
+
 class _Process:
     def __init__(self, module: str, variant: str) -> None:
         self.variant = variant
@@ -104,6 +111,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
+            env={**os.environ, **_KEEP_MEMORY},
             text=True,
         )
 
@@ -131,9 +139,16 @@ class _Process:
 
 
 def interleave(
-    module: str, variants: Sequence[str], rounds: int
+    module: str, variants: Sequence[str], rounds: int, steps: Mapping[str, int] | None = None
 ) -> tuple[dict[str, Samples], dict[str, str]]:
-    """Return the samples of each variant by number name, and why the others could not run."""
+    """Return the samples of each variant by number name, and why the others could not run.
+
+    Args:
+        module: the benchmark module.
+        variants: names in its `VARIANTS`, in the order of their turns.
+        rounds: turns of each variant.
+        steps: steps in a turn, for variants that are short beside the others; the sample is their mean.
+    """
     samples: dict[str, Samples] = {}
     unavailable: dict[str, str] = {}
     running: list[_Process] = []
@@ -148,8 +163,10 @@ def interleave(
                 process.close()
         for done in range(rounds):
             for process in running:
-                for name, value in process.step().items():
-                    samples.setdefault(process.variant, {}).setdefault(name, []).append(value)
+                turn = [process.step() for _ in range((steps or {}).get(process.variant, 1))]
+                for name in turn[0]:
+                    mean = statistics.fmean(numbers[name] for numbers in turn)
+                    samples.setdefault(process.variant, {}).setdefault(name, []).append(mean)
             say(f"round {done + 1} of {rounds}")
     finally:
         for process in running:
@@ -226,4 +243,5 @@ def _environment() -> dict[str, Any]:
 
     from actlas.papers.environment import environment
 
-    return environment()
+    busy = {"load_average": [round(x, 2) for x in os.getloadavg()]} if hasattr(os, "getloadavg") else {}
+    return {**environment(), **busy}

@@ -20,6 +20,11 @@ def test_variants_warm_up_once_and_take_turns() -> None:
     assert min(samples["timed"]["seconds"]) > 0
 
 
+def test_short_variants_may_do_several_steps_in_a_turn() -> None:
+    samples, _ = interleave(TOY, ["counting"], rounds=2, steps={"counting": 3})
+    assert samples["counting"]["calls"] == [3, 6]  # the means of 2, 3, 4 and of 5, 6, 7
+
+
 def test_fresh_runs_one_step_without_warming_up() -> None:
     assert fresh(TOY, "counting") == {"calls": 1}
 

@@ -336,6 +336,16 @@ def test_a_string_is_one_document(model: Model) -> None:
     assert "moments" in repr(one) and "1 documents" in repr(one)
 
 
+def test_parts_of_a_site(model: Model) -> None:
+    names = ["blocks.1.resid_post[channel=17]", "blocks.1.attn.z[head=2]", "blocks.1.attn.z[head=1,3]"]
+    found = calibrate(model, TEXTS, names, "moments", context=40)
+    x = brute_force(model, "blocks.1.resid_post", TEXTS, context=40)[:, [17]]
+    z = brute_force(model, "blocks.1.attn.z", TEXTS, context=40).unflatten(1, (4, 8))
+    for name, whole in zip(names, (x, z[:, 2], z[:, [1, 3]].flatten(1)), strict=True):
+        assert found[name].count == len(whole) and found[name].channels == whole.shape[1]
+        torch.testing.assert_close(found[name].mean, whole.mean(0), rtol=1e-5, atol=1e-6)
+
+
 def test_images_and_plain_modules() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))

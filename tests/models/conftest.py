@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tests.models.tiny_wheels import make_wheel
 
 

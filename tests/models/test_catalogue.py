@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.models.tiny_wheels import FILE, info_for, make_wheel
 
 import actlas
 from actlas.core.errors import FailureError, ModelError
 from actlas.models import bundled, remove, verify
 from actlas.models.catalogue import find, prepare
 from actlas.models.wheels import Wheel
+from tests.models.tiny_wheels import FILE, info_for, make_wheel
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

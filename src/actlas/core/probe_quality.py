@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actlas.core.errors import InputError
+from actlas.core.intervals import wilson
 from actlas.core.measurement import Measurement
 from actlas.core.probe_data import Examples
-from actlas.core.resampling import draws, mean_interval, percentiles, wilson
+from actlas.core.resampling import draws, mean_interval, percentiles
 
 Array = NDArray[np.float64]
 Scorer = Callable[[Array], Array]
@@ -114,7 +115,8 @@ def judge(
         found.append(replace(report("probe AUC", good, unit="AUC"), value=area, low=low, high=high))
     exact: dict[str, Any] = {}
     if classify:
-        low, high = wilson(float(good.mean()), len(np.unique(test.group)))
+        n = len(np.unique(test.group))
+        low, high = wilson(float(good.mean()) * n, n)
         exact = {"low": low, "high": high, "interval": "wilson over held-out texts or pairs"}
     return scorer, (report(name, good, baseline=control, samples=good, **exact), *found)
 

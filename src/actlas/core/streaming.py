@@ -79,6 +79,17 @@ def batches(found: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]
         yield held
 
 
+def encode_windows(model: Model, held: Sequence[Window]) -> dict[str, Any]:
+    """Return the model's arguments for some windows, padded on the right."""
+    width = max(len(w.ids) for w in held)
+    ids = torch.full((len(held), width), model._encoder.pad_id)
+    mask = torch.zeros(len(held), width, dtype=torch.long)
+    for i, window in enumerate(held):
+        ids[i, : len(window.ids)] = torch.tensor(window.ids)
+        mask[i, : len(window.ids)] = 1
+    return model.encode({"input_ids": ids, "attention_mask": mask})
+
+
 def stream_traces(
     model: Model,
     corpus: Iterable[Any],
@@ -94,13 +105,7 @@ def stream_traces(
     if batch_tokens < 1:
         raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     for batch in batches(windows(model, corpus, context, max_tokens), batch_tokens):
-        width = max(len(w.ids) for w in batch)
-        ids = torch.full((len(batch), width), model._encoder.pad_id)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for i, window in enumerate(batch):
-            ids[i, : len(window.ids)] = torch.tensor(window.ids)
-            mask[i, : len(window.ids)] = 1
-        encoded = model.encode({"input_ids": ids, "attention_mask": mask})
+        encoded = encode_windows(model, batch)
         yield model._run(
             encoded,
             sites,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from actlas.core.errors import InputError
-from actlas.measure.intervals import Array, Estimate, divide, percentiles, wilson
+from actlas.core.intervals import Array, Estimate, divide, percentiles, wilson
 
 
 def spearman(x: ArrayLike, y: ArrayLike, *, seed: int = 0, resamples: int = 1000) -> Estimate:

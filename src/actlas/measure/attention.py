@@ -25,8 +25,8 @@ from torch import Tensor
 
 from actlas.core.errors import InputError
 from actlas.core.hooks import attach
+from actlas.core.intervals import percentiles
 from actlas.core.measurement import Measurement
-from actlas.measure.intervals import percentiles
 from actlas.measure.observing import GROUPS, Batch, Observer, block_sites, group_draws, observe
 from actlas.measure.samples import missing
 

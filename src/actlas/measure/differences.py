@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from actlas.core.errors import InputError
-from actlas.measure.intervals import (
+from actlas.core.intervals import (
     CHUNK,
     Array,
     Estimate,

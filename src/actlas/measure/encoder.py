@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from actlas.core.errors import InputError, ModelError, NonFiniteError
+from actlas.core.intervals import bootstrap_statistic
 from actlas.core.measurement import Measurement
 from actlas.core.progress import progress
-from actlas.measure.intervals import bootstrap_statistic
 from actlas.measure.registry import mark_under, measure
 from actlas.measure.samples import mean_measurement, missing
 from actlas.measure.statistics import auc

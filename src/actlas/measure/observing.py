@@ -23,9 +23,9 @@ from torch import Tensor
 
 from actlas.core.calibration.massive import massive_rows
 from actlas.core.errors import ModelError, NonFiniteError
+from actlas.core.intervals import percentiles, resample_counts
 from actlas.core.measurement import Measurement
 from actlas.core.progress import progress
-from actlas.measure.intervals import percentiles, resample_counts
 from actlas.measure.reading import read, token_rows
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actlas.core.calibration.massive import massive_rows
+from actlas.core.intervals import percentiles
 from actlas.core.measurement import Measurement
-from actlas.measure.intervals import percentiles
 from actlas.measure.observing import (
     GROUPS,
     Batch,

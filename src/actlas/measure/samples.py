@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from actlas.core.errors import InputError
+from actlas.core.intervals import Array, bootstrap_ratio, finite_array, wilson
 from actlas.core.measurement import Better, Measurement
-from actlas.measure.intervals import Array, bootstrap_ratio, finite_array, wilson
 
 TRANSFORMS: dict[str, Callable[[Array], Array]] = {"exp": np.exp}
 

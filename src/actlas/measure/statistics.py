@@ -10,6 +10,14 @@
 
 from __future__ import annotations
 
+from actlas.core.intervals import (
+    Estimate,
+    bootstrap_mean,
+    bootstrap_ratio,
+    bootstrap_statistic,
+    percentiles,
+    wilson,
+)
 from actlas.measure.association import (
     Trend,
     auc,
@@ -20,14 +28,6 @@ from actlas.measure.association import (
     spearman,
 )
 from actlas.measure.differences import Gap, holm, largest_gap, paired_difference, permutation_test
-from actlas.measure.intervals import (
-    Estimate,
-    bootstrap_mean,
-    bootstrap_ratio,
-    bootstrap_statistic,
-    percentiles,
-    wilson,
-)
 from actlas.measure.samples import mean_measurement, rate_measurement
 
 __all__ = [

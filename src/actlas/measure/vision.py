@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actlas.core.errors import InputError, ModelError, NonFiniteError, ShapeError
+from actlas.core.intervals import wilson
 from actlas.core.measurement import Measurement
 from actlas.core.progress import progress
-from actlas.measure.intervals import wilson
 from actlas.measure.registry import mark_under, measure
 from actlas.measure.samples import mean_measurement, missing, rate_measurement
 

@@ -104,6 +104,7 @@ def card(
     with _untouched(loaded), _edited(loaded, tuple(edits)):
         with progress(f"card of {loaded.name}", total=sum(s.cost for s in fits)) as advance:
             for info in fits:
+                advance(0, note=info.title)
                 made.append(_run(info, context, debug))
                 advance(info.cost, note=info.title)
     result = _assemble(context, made, time.perf_counter() - start)

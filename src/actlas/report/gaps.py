@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actlas.measure.intervals import Estimate, percentiles, resample_counts
+from actlas.core.intervals import Estimate, percentiles, resample_counts
 from actlas.measure.statistics import Gap, largest_gap
 
 

@@ -172,7 +172,8 @@ def lines(
                 continue
             known = low is not None and high is not None and (not log or low > 0)
             row = {"x": a, "value": b, "low": low if known else b, "high": high if known else b}
-            values.append({**row, "series": name, "name": (names or {}).get(a, "")})
+            alone = len(points_of) == 1 or not connect
+            values.append({**row, "series": name, "name": (names or {}).get(a, ""), "alone": alone})
     y_scale: dict[str, Any] = {"zero": False, "nice": not log, **({"padding": 8} if log else {})}
     if domain:
         y_scale["domain"] = list(domain)
@@ -186,9 +187,8 @@ def lines(
     several = len(series) > 1
     color: dict[str, Any] = {}
     if several:
-        color = {
-            "color": alt.Color("series:N", sort=list(series), title=None, legend=alt.Legend(orient="top"))
-        }
+        legend = alt.Legend(orient="top", columns=3 if wide else 2)
+        color = {"color": alt.Color("series:N", sort=list(series), title=None, legend=legend)}
     base = alt.Chart(alt.Data(values=values)).encode(x=x_enc, **color)
     y_enc = alt.Y("value:Q", scale=alt.Scale(**y_scale), axis=y_axis)
     band = base.mark_area(opacity=0.18).encode(
@@ -208,10 +208,12 @@ def lines(
         opacity=alt.condition(near, alt.value(1), alt.value(0.75 if points else 0)),
         size=alt.condition(near, alt.value(100), alt.value(26 if connect else 50)),
     )
-    bar = base.mark_rule(opacity=0.35).encode(
-        y=alt.Y("low:Q", scale=alt.Scale(**y_scale), axis=y_axis), y2="high:Q"
+    bar = (
+        base.transform_filter("datum.alone")
+        .mark_rule(opacity=0.35)
+        .encode(y=alt.Y("low:Q", scale=alt.Scale(**y_scale), axis=y_axis), y2="high:Q")
     )
-    layers: list[Any] = [*((band, line) if connect else (bar,)), dot.add_params(near)]
+    layers: list[Any] = [*((band, line) if connect else ()), bar, dot.add_params(near)]
     if marks:
         mark_data = alt.Data(values=[{"x": a, "label": label} for a, label in marks])
         layers.insert(

@@ -53,7 +53,7 @@ def fit_layer_skip(
         InputError: a budget that leaves too few blocks.
     """
     trace = void_trace(model, data, alpha=alpha, tokens=tokens, context=context)
-    return static_layer_skip(model, trace.profile(), budget).bind(model.fingerprint)
+    return static_layer_skip(model, [float(u) for u in trace.profile()], budget).bind(model.fingerprint)
 
 
 @method(

@@ -23,7 +23,7 @@ from actlas.core.installation import PassWatcher
 from actlas.core.layout import ATTENTION_KINDS
 from actlas.core.model import Model, _takes_cache
 from actlas.core.sites import Site
-from actlas.core.streaming import batches, windows
+from actlas.core.streaming import batches, encode_windows, windows
 from actlas.core.trace import StopForward
 
 _PIECE = 512  # rows handed over at once
@@ -96,13 +96,7 @@ class Source:
                 yield Batch(model.encode(part), names, [0] * len(part))
             return
         for held in batches(windows(model, self._documents(), context, max_tokens), batch_tokens):
-            width = max(len(w.ids) for w in held)
-            ids = torch.full((len(held), width), model._encoder.pad_id)
-            mask = torch.zeros(len(held), width, dtype=torch.long)
-            for i, window in enumerate(held):
-                ids[i, : len(window.ids)] = torch.tensor(window.ids)
-                mask[i, : len(window.ids)] = 1
-            encoded = model.encode({"input_ids": ids, "attention_mask": mask})
+            encoded = encode_windows(model, held)
             yield Batch(encoded, [w.document for w in held], [w.offset for w in held])
 
     def _documents(self) -> Iterator[Any]:
@@ -186,6 +180,8 @@ def rows_of(
         what = f"{x.dtype} {list(x.shape)}"
         raise SiteError(f"{site.name} holds {what}; a calibration needs floats [batch, ..., channels]")
     mask = batch.mask
+    if mask is not None and site.has_tokens and x.shape == mask.shape:
+        x = x.unsqueeze(-1)  # one channel was selected
     if mask is not None and tokens is not None:
         by_token = x.ndim > 2 and x.shape[:2] == mask.shape
         if by_token or (x.ndim == 2 and len(x) == mask.numel()):

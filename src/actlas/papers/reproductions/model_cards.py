@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actlas.core.intervals import divide, resample_counts
 from actlas.core.measurement import Measurement
 from actlas.core.progress import progress
-from actlas.measure.intervals import divide, resample_counts
 from actlas.measure.statistics import (
     bootstrap_mean,
     mean_measurement,

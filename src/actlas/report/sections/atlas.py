@@ -32,7 +32,7 @@ LABELS = {
 }
 
 
-@section("atlas", title="Activation atlas by layer", order=40, needs=("causal-lm", "encoder"), cost=3)
+@section("atlas", title="Activation atlas by layer", order=40, needs=("causal-lm", "encoder"), cost=1.8)
 def atlas(context: Context) -> SectionResult:
     """Read every block once: norms, tails, rank, logit lens and attention."""
     from actlas.data import corpus
@@ -222,11 +222,11 @@ def _massive(a: _Atlas) -> Table | None:
             channels = ", ".join(str(c) for c in list(m.details.get("channels", {}))[:4])
             tokens = ", ".join(repr(t) for t in list(m.details.get("tokens", {}))[:4])
             largest = show_number(float(m.details.get("largest", math.nan)))
-            rows.append((m.group["layer"], f"{m.value:.2%}", largest, channels, tokens))
+            rows.append((f"layer {m.group['layer']}", f"{m.value:.2%}", largest, channels, tokens))
     if not rows:
         return None
     if len(rows) > 6:
         step = (len(rows) - 1) / 5
         rows = [rows[round(i * step)] for i in range(6)]
-    columns = ("Layer", "Share of tokens", "Largest value", "Channels", "At tokens such as")
+    columns = ("Where", "Share of tokens", "Largest value", "Channels", "At tokens such as")
     return Table("Massive activations", columns, tuple(rows), "At most six layers are listed.")

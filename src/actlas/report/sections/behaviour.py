@@ -37,7 +37,7 @@ class Done:
     before: Evaluation | None = None
 
 
-@section("behaviour", title="Results by task and group", order=30, needs=("causal-lm",), cost=5)
+@section("behaviour", title="Results by task and group", order=30, needs=("causal-lm",), cost=3.3)
 def behaviour(context: Context) -> SectionResult:
     """Run every task once and report accuracy for all items, each group and pairs of groups."""
     from actlas.data import task, tasks

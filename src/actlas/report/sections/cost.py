@@ -16,7 +16,7 @@ SHOWN = 12
 """Roles of modules in the plots; the rest is one bar."""
 
 
-@section("cost", title="Cost", order=70, cost=3)
+@section("cost", title="Cost", order=70, cost=2.6)
 def cost(context: Context) -> SectionResult:
     """Count what a pass computes, then time it beside the bare model."""
     from actlas.measure.cost import cost as cost_measures

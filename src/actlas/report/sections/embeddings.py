@@ -14,7 +14,7 @@ KIND = {
 }
 
 
-@section("embeddings", title="Results on sentences", order=30, needs=("encoder",), cost=3)
+@section("embeddings", title="Results on sentences", order=30, needs=("encoder",), cost=0.5)
 def embeddings(context: Context) -> SectionResult:
     """Embed pairs of sentences from templates and compare their cosines."""
     from actlas.measure.encoder import encoder_measures, text_pairs

@@ -24,7 +24,7 @@ SHOWN = 8
 """Photographs whose first guesses are listed."""
 
 
-@section("images", title="Results on images", order=30, needs=("image-classifier",), cost=5)
+@section("images", title="Results on images", order=30, needs=("image-classifier",), cost=2.0)
 def images(context: Context) -> SectionResult:
     """Classify photographs, and digits if the classes fit, and again after small changes."""
     from actlas.data import images as load_images

@@ -27,7 +27,7 @@ MOST_IMAGES = 16
 KINDS = ("module", "image-classifier", "image-encoder", "image-text", "seq2seq", "speech")
 
 
-@section("modules", title="Activations by module", order=40, needs=KINDS, cost=3)
+@section("modules", title="Activations by module", order=40, needs=KINDS, cost=1.5)
 def modules(context: Context) -> SectionResult:
     """Read the output of every innermost module, in the order in which they run."""
     from actlas.measure.statistics import mean_measurement

@@ -29,7 +29,7 @@ FORMATS = {
     title="Quantizability",
     order=60,
     needs=("causal-lm", "encoder", "image-classifier"),
-    cost=3,
+    cost=2.2,
 )
 def quantizability(context: Context) -> SectionResult:
     """Round weights or activations and measure the damage beside the model as it is."""

@@ -17,7 +17,7 @@ P = 1.0
 Points = list[tuple[float, float, float | None, float | None]]
 
 
-@section("sparsity", title="Activation sparsity", order=50, needs=("causal-lm",), cost=4)
+@section("sparsity", title="Activation sparsity", order=50, needs=("causal-lm",), cost=3.2)
 def sparsity(context: Context) -> SectionResult:
     """Search the CETT at which perplexity rises by one percent, and compare with a plain rule there."""
     from actlas.data import corpus

@@ -35,7 +35,7 @@ class Read:
     accuracy: Evaluation
 
 
-@section("text", title="Results by kind of text", order=35, needs=("causal-lm",), cost=3)
+@section("text", title="Results by kind of text", order=35, needs=("causal-lm",), cost=2.3)
 def text(context: Context) -> SectionResult:
     """Read documents of each kind once; loss per byte compares models with different tokenizers."""
     from actlas.data import corpus

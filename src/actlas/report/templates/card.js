@@ -32,13 +32,6 @@
     document.querySelectorAll("main > section").forEach(function (s) { watch.observe(s); });
   }
 
-  var folded = [];
-  window.addEventListener("beforeprint", function () {
-    folded = Array.prototype.filter.call(document.querySelectorAll("details.numbers"), function (d) { return !d.open; });
-    folded.forEach(function (d) { d.open = true; });
-  });
-  window.addEventListener("afterprint", function () { folded.forEach(function (d) { d.open = false; }); });
-
   var data = JSON.parse(document.getElementById("charts").textContent);
   if (!window.vegaEmbed) return;
   var narrow = window.matchMedia("(max-width: 620px)").matches;
@@ -51,10 +44,10 @@
       .catch(function (error) { place.textContent = "This plot could not be drawn (" + error.message + "); its numbers are below."; });
   });
 
-  /* Long row labels leave no room for the plot on a phone. */
+  /* Long row labels leave no room for the plot on a phone: they go on two lines. */
   function shorten(node) {
     if (!node || typeof node !== "object") return;
-    if (node.labelLimit) node.labelLimit = 112;
+    if (node.labelLimit) Object.assign(node, { labelLimit: 124, labelExpr: "split(datum.label, ': ')", labelLineHeight: 11, labelFontSize: 10, labelOffset: -5 });
     if (node.legend && node.legend.orient) node.legend.columns = 1;
     Object.keys(node).forEach(function (key) { if (key !== "data" && key !== "datasets") shorten(node[key]); });
   }
