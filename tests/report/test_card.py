@@ -18,6 +18,7 @@ from torch import nn
 
 from actlas.core.edits import Add
 from actlas.core.errors import FailureError, InputError, ModelError
+from actlas.core.model import Model
 from actlas.report import Card, SectionResult, card
 from actlas.report import registry as registry_module
 from actlas.report.budget import FULL, QUICK, Budget, budget_for
@@ -27,7 +28,7 @@ from tests.measure.small_models import bert, gpt2, llama, vit
 from tests.report.writer import write_many
 
 SMALL = Budget(
-    task_prompts=8,
+    task_prompts=20,
     text_tokens=384,
     atlas_tokens=256,
     sparsity_tokens=256,
@@ -210,6 +211,14 @@ def test_plain_module_gets_identity_statistics_and_cost(example: torch.Tensor | 
     assert zeros["head"].n == (1 if example is None else 3)
     assert ("guessed" in " ".join(modules.notes)) == (example is None)
     assert hooks(module) == 0
+
+
+def test_local_folders_are_named_without_the_path_to_them(tmp_path: Path) -> None:
+    made = card(
+        Model(Cnn(), name="m", source=str(tmp_path / "my-model")), None, budget=SMALL, sections=["identity"]
+    )
+    text = made.render("md")
+    assert "local: my-model" in text and str(tmp_path) not in text
 
 
 def test_statistics_of_modules_equal_brute_force() -> None:

@@ -16,6 +16,7 @@ from actlas.core.errors import InputError
 from actlas.measure.statistics import wilson
 from actlas.report import changes, evaluate
 from actlas.report.predictions import data_hash
+from tests.measure.small_models import llama
 
 
 @dataclass
@@ -200,6 +201,28 @@ def test_functions_and_dictionaries_do_as_subject_metric_and_items() -> None:
     assert result.overall.value == 1
     squared = evaluate([1.0, 2.0], items[:2], lambda p, i: (p - i["label"]) ** 2)
     assert squared.overall.value == pytest.approx(1.0)
+
+
+def test_a_model_is_run_on_a_task_or_a_corpus() -> None:
+    from actlas.core.edits import Zero
+    from actlas.data import corpus, task
+    from actlas.measure.language import loss_per_byte
+    from actlas.measure.tasks import task_accuracy
+
+    model = llama()
+    made = task("agreement", model.tokenizer, n=24)
+    result = evaluate(model, made, "accuracy", ["subject"], minimum=1)
+    assert result.overall.value == task_accuracy(model, made).value
+    assert sum(c.n for c in result.cells) == 24
+    text = corpus(limit=6).characters(3000)
+    loss = evaluate(model, text, "loss per byte", ["domain"], minimum=1)
+    assert loss.overall.value == pytest.approx(loss_per_byte(model, text, tokens=None).value)
+    with model.edit(Zero("blocks.0.mlp.out")):
+        after = evaluate(model, text, "loss per byte", ["domain"], minimum=1)
+    assert after.overall.under and not loss.overall.under
+    assert changes(loss, after)[0].value == pytest.approx(after.overall.value - loss.overall.value)
+    with pytest.raises(InputError, match="give a function"):
+        evaluate(model, [{"label": 1}], "accuracy")
 
 
 @pytest.mark.parametrize(

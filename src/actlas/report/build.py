@@ -169,6 +169,8 @@ def _edited(model: Model, edits: tuple[Edit, ...]) -> Iterator[None]:
 
 
 def _assemble(context: Context, sections: list[Section], seconds: float) -> Card:
+    from actlas.report.sections.identity import summary_of
+
     model = context.model
     identity: Mapping[str, Any] = context.shared.get("identity", {})
     tiles = sorted((t for s in sections for t in s.result.tiles), key=lambda t: t.rank)
@@ -176,7 +178,7 @@ def _assemble(context: Context, sections: list[Section], seconds: float) -> Card
     return Card(
         name=model.name,
         kind=model.kind,
-        summary=identity.get("summary", f"A model of kind {model.kind}."),
+        summary=identity.get("summary") or summary_of(model, _parameters(model)),
         facts=tuple(identity.get("facts", ())),
         tiles=[replace(t, label=plain(t.label), remark=plain(t.remark), show=plain(t.show)) for t in tiles],
         sections=sections,

@@ -94,7 +94,13 @@ def render_html(card: Card) -> str:
         "interval": interval_text,
         "group": group_text,
     }
-    charts = [figure.spec for s in card.sections for figure in s.result.figures if figure.spec]
+    # Vega puts the description on the plot for screen readers, in place of the page's own label.
+    charts = [
+        {**f.spec, "description": f"{f.title}. {f.alt}"}
+        for s in card.sections
+        for f in s.result.figures
+        if f.spec
+    ]
     return environment.get_template("card.html.j2").render(
         card=card,
         css=markupsafe.Markup(_asset("card.css")),

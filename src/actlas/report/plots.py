@@ -75,11 +75,9 @@ def dots(
     values = [_record(r) for r in kept]
     labels = list(dict.fromkeys(r.label for r in kept))
     series = list(dict.fromkeys(r.series for r in kept if r.series))
-    scale: dict[str, Any] = {"zero": False, "nice": True}
+    scale: dict[str, Any] = {"nice": True, **({"type": "log"} if log else {"zero": False})}
     if domain:
         scale["domain"] = list(domain)
-    if log:
-        scale["type"] = "log"
     x_axis = alt.Axis(title=axis, **({"format": "%"} if percent else {}))
     y = alt.Y("label:N", sort=labels, title=None, axis=alt.Axis(labelLimit=250))
     base = alt.Chart(alt.Data(values=values)).encode(y=y)
@@ -174,12 +172,12 @@ def lines(
             row = {"x": a, "value": b, "low": low if known else b, "high": high if known else b}
             alone = len(points_of) == 1 or not connect
             values.append({**row, "series": name, "name": (names or {}).get(a, ""), "alone": alone})
-    y_scale: dict[str, Any] = {"zero": False, "nice": not log, **({"padding": 8} if log else {})}
+    y_scale: dict[str, Any] = {"padding": 8, "nice": False} if log else {"zero": False, "nice": True}
     if domain:
         y_scale["domain"] = list(domain)
     if log:
         y_scale["type"] = "log"
-    x_scale = alt.Scale(zero=False, nice=False, padding=5, **({"type": "log"} if log_x else {}))
+    x_scale = alt.Scale(nice=False, padding=5, **({"type": "log"} if log_x else {"zero": False}))
     x_axis = alt.Axis(title=x, **({"format": "%"} if percent_x else {}))
     y_format = {"format": "%"} if percent else {"format": "~g"} if log else {}
     x_enc = alt.X("x:Q", scale=x_scale, axis=x_axis)
@@ -213,7 +211,8 @@ def lines(
         .mark_rule(opacity=0.35)
         .encode(y=alt.Y("low:Q", scale=alt.Scale(**y_scale), axis=y_axis), y2="high:Q")
     )
-    layers: list[Any] = [*((band, line) if connect else ()), bar, dot.add_params(near)]
+    lone = [bar] if any(v["alone"] for v in values) else []
+    layers: list[Any] = [*((band, line) if connect else ()), *lone, dot.add_params(near)]
     if marks:
         mark_data = alt.Data(values=[{"x": a, "label": label} for a, label in marks])
         layers.insert(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actlas.core.measurement import Measurement
@@ -56,7 +57,8 @@ def identity(context: Context) -> SectionResult:
         for label, text in fill.rows("model_details", skip=("tags",))
     ]
     number = Measurement("parameters", float(parameters["all"]), "count", 1)
-    source = f" It was loaded from {plain(model.source)}." if model.source not in ("", "module") else ""
+    origin = source_of(model)
+    source = f" It was loaded from {origin}." if origin else ""
     return SectionResult(
         intro=(
             "The first table is read from the model that was measured; the second holds what its author "
@@ -69,6 +71,14 @@ def identity(context: Context) -> SectionResult:
         notes=_site_notes(model),
         tiles=[Tile("Parameters", number, show=short_count(parameters["all"]), rank=5)],
     )
+
+
+def source_of(model: Model) -> str:
+    """Return where the model came from; of a local path only its last part, not the user's folders."""
+    if model.source in ("", "module"):
+        return ""
+    path = Path(model.source)
+    return plain(f"local: {path.name}" if path.is_absolute() else model.source)
 
 
 def summary_of(model: Model, parameters: int) -> str:
@@ -159,7 +169,7 @@ def _architecture(model: Model, parameters: dict[str, int]) -> list[tuple[str, s
         ("Classes", number(_classes(model))),
         ("Tokenizer", tokenizer),
         ("Data type, device", f"{str(model.dtype).removeprefix('torch.')}, {model.device}"),
-        ("Source", plain(model.source) if model.source != "module" else ""),
+        ("Source", source_of(model)),
         ("Fingerprint of shapes", fingerprint.shapes[:16]),
         ("Fingerprint of tokenizer", (fingerprint.tokenizer or "")[:16]),
         ("Library", _library(model)),
