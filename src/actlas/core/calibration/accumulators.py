@@ -168,7 +168,7 @@ class Sketch(Accumulator):
         if magnitude:
             positive, negative = counts[self.HALF + 1 :], counts[: self.HALF].flip(0)
             counts, first = torch.cat([counts[self.HALF : self.HALF + 1], positive + negative]), 0
-        rank = torch.floor(q * (counts.sum() - 1).clamp(min=0)).to(torch.int64)
+        rank = torch.floor(q.double() * (counts.sum() - 1).clamp(min=0).double()).to(torch.int64)
         bucket = torch.searchsorted(counts.cumsum(0), rank.reshape(-1), right=True).reshape(q.shape)
         return bucket_value(bucket.clamp(max=len(counts) - 1) + first, self.GAMMA, self.SMALLEST)
 
@@ -200,7 +200,7 @@ class ChannelSketch(Accumulator):
     def quantile(self, q: float) -> Tensor:
         """Return each channel's magnitude at rank `floor(q (n - 1))`, float64 `[d]`."""
         totals = self.counts.sum(1, keepdim=True)
-        rank = torch.floor(q * (totals - 1).clamp(min=0)).to(torch.int64)
+        rank = torch.floor(q * (totals - 1).clamp(min=0).double()).to(torch.int64)
         bucket = torch.searchsorted(self.counts.cumsum(1), rank, right=True).squeeze(1)
         return bucket_value(bucket.clamp(max=self.HALF), self.GAMMA, self.SMALLEST)
 
