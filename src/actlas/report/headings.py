@@ -111,6 +111,11 @@ _MEANINGS: dict[str, str] = {
 
 SECTIONS = tuple(_MEANINGS)
 
+_JOINTS = re.compile(r" (?:and|by|per|und|nach|et|par|y|e|por) ")
+_GENERIC = frozenset(
+    "details summary overview description about data dataset datasets model training use uses".split()
+)
+"""Words that name a section at the top level, but below another section's heading only a part of it."""
 _PREFIXES = {"results": "quantitative analyses", "evaluation results": "quantitative analyses"}
 _TEMPLATE = tuple(
     re.compile(p, re.IGNORECASE)
@@ -201,6 +206,9 @@ def sections_meant(heading: str) -> list[str]:
     for prefix, section in _PREFIXES.items():
         if name.startswith(prefix + " "):
             return [section]
+    parts = [part for part in _JOINTS.split(name) if part]
+    if len(parts) > 1:  # "metrics and thresholds", "performance by group": what its first part means
+        return _NORMALISED.get(parts[0], [])
     return []
 
 
@@ -244,7 +252,8 @@ def _blocks(text: str) -> Iterator[tuple[list[str], list[str]]]:
             lines.append(line)
             continue
         meant = sections_meant(title)
-        if not meant and current and depth > level:
+        generic = normalise_heading(title) in _GENERIC
+        if current and depth > level and (not meant or generic):
             continue
         yield current, lines
         current, level, lines = meant, depth, []

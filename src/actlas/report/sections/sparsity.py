@@ -42,6 +42,13 @@ def sparsity(context: Context) -> SectionResult:
     overall = [m for m in natural if m.group["layer"] == "all"]
     details = {k: v for k, v in found.details.items() if k not in ("thresholds", "per_layer")}
     headline = replace(found, details=details)
+    ratio = float(found.details["ppl_ratio"])
+    missed = []
+    if found.low is None or found.high is None or not found.low <= found.value <= found.high:
+        headline = replace(headline, low=None, high=None, interval="exact")
+        missed = [
+            f"No interval: the search ended at {100 * (ratio - 1):+.2g}% perplexity instead of {P:+g}%."
+        ]
     figures = [_curve(found, rival), _layers(found.details["per_layer"], natural)]
     intro = (
         f"Dropping the neurons with the least effect on each MLP's output, {found.value:.0%} of them "
@@ -52,6 +59,7 @@ def sparsity(context: Context) -> SectionResult:
         "dense model's."
     )
     notes = [
+        *missed,
         "Neurons that are dropped are masked, not skipped: the number says how much could be saved, "
         "not how fast the model becomes.",
         f"The interval comes from {found.n} documents; below about 8,000 tokens it is wide.",
