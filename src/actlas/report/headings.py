@@ -113,7 +113,8 @@ SECTIONS = tuple(_MEANINGS)
 
 _JOINTS = re.compile(r" (?:and|by|per|und|nach|et|par|y|e|por) ")
 _GENERIC = frozenset(
-    "details summary overview description about data dataset datasets model training use uses".split()
+    ("details", "summary", "overview", "description", "about", "data", "dataset", "datasets", "model")
+    + ("training", "use", "uses")
 )
 """Words that name a section at the top level, but below another section's heading only a part of it."""
 _PREFIXES = {"results": "quantitative analyses", "evaluation results": "quantitative analyses"}

@@ -50,13 +50,13 @@ def sparsity(context: Context) -> SectionResult:
             f"No interval: the search ended at {100 * (ratio - 1):+.2g}% perplexity instead of {P:+g}%."
         ]
     figures = [_curve(found, rival), _layers(found.details["per_layer"], natural)]
+    rise = P if not missed else 100 * (ratio - 1)
     intro = (
-        f"Dropping the neurons with the least effect on each MLP's output, {found.value:.0%} of them "
-        f"can go before perplexity rises by {P:g}%. One threshold on the relative error of the output "
-        "(CETT, cumulative error of tail truncation) is shared by all layers, so layers keep as many "
-        "neurons as they need.\n\nAt the same number of active neurons, choosing them by the size of "
-        f"their gate instead (top-k of each token) makes the perplexity {rival.value:.3g} times the "
-        "dense model's."
+        f"Dropping the neurons with the least effect on each MLP's output, {found.value:.0%} of them can go "
+        f"while perplexity rises by {rise:.2g}%. One threshold on the relative error of the output (CETT, "
+        "cumulative error of tail truncation) is shared by all layers, so layers keep as many neurons as "
+        "they need.\n\nAt the same number of active neurons, choosing them by the size of their gate "
+        f"instead (top-k of each token) makes the perplexity {rival.value:.3g} times the dense model's."
     )
     notes = [
         *missed,
@@ -64,7 +64,7 @@ def sparsity(context: Context) -> SectionResult:
         "not how fast the model becomes.",
         f"The interval comes from {found.n} documents; below about 8,000 tokens it is wide.",
     ]
-    tile = Tile(f"Neurons to spare at +{P:g}% perplexity", headline, rank=30)
+    tile = Tile(f"Neurons to spare at {rise:+.2g}% perplexity", headline, rank=30)
     data = DataUse("mixed", found.n, "documents", text.take(min(found.n, len(text))).hash, text.source)
     measurements = [headline, rival, *overall]
     return SectionResult(intro, measurements, figures, (), notes, [tile], [data])
@@ -110,9 +110,8 @@ def _curve(found: Measurement, rival: Measurement) -> Figure:
         "by gate size (top-k)": [(x, 100 * (rival.value - 1), low, high)],
     }
     text = (
-        "Rise of the perplexity at each share of dropped neurons that the search tried, with 95% "
-        "bands, and of a plainer rule at the same share; the dashed line is the share at which it "
-        f"rises by {P:g}%."
+        "Rise of the perplexity at each share of dropped neurons that the search tried, with 95% bands, and of a "
+        "plainer rule at the same share; the dashed line is the share that is reported."
     )
     return lines(
         "Perplexity against sparsity",
@@ -121,7 +120,7 @@ def _curve(found: Measurement, rival: Measurement) -> Figure:
         x="share of neurons dropped",
         y="perplexity rise, %",
         percent_x=True,
-        marks=[(found.value, f"+{P:g}% perplexity")],
+        marks=[(found.value, "reported")],
     )
 
 
