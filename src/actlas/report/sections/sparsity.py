@@ -110,8 +110,8 @@ def _curve(found: Measurement, rival: Measurement) -> Figure:
         "by gate size (top-k)": [(x, 100 * (rival.value - 1), low, high)],
     }
     text = (
-        "Rise of the perplexity at each share of dropped neurons that the search tried, with 95% bands, and of a "
-        "plainer rule at the same share; the dashed line is the share that is reported."
+        "Rise of the perplexity at each share of dropped neurons that the search tried, with 95% bands, "
+        "and of a plainer rule at the same share; the dashed line is the share that is reported."
     )
     return lines(
         "Perplexity against sparsity",
