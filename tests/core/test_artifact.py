@@ -50,19 +50,26 @@ def test_a_full_disk_keeps_the_old_artifact(tmp_path: Path, monkeypatch: pytest.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.txt", "x"]
 
 
-def test_a_failed_swap_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [(OSError(errno.EIO, "error"), FailureError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_a_failed_swap_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, seen: type[BaseException]
+) -> None:
     save_artifact(tmp_path / "x", "thing", {"n": 1})
     real, calls = os.rename, []
 
     def rename(a: object, b: object) -> None:
         calls.append(a)
         if len(calls) == 2:
-            raise OSError(errno.EIO, "Input/output error")
+            raise raised
         real(a, b)  # type: ignore[arg-type]
 
     monkeypatch.setattr(artifact.os, "rename", rename)
-    with pytest.raises(FailureError):
+    with pytest.raises(seen):
         save_artifact(tmp_path / "x", "thing", {"n": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert load_artifact(tmp_path / "x")[0]["n"] == 1
 
 

@@ -107,11 +107,13 @@ def _swap_in(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    os.rename(path, old / "previous")
+    previous = old / "previous"
     try:
+        os.rename(path, previous)
         os.rename(temporary, path)
-    except OSError:
-        os.rename(old / "previous", path)
+    except BaseException:  # also Ctrl-C between the two: the old one goes back
+        if previous.exists() and not path.exists():
+            os.rename(previous, path)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
