@@ -190,9 +190,9 @@ def fresh(module: str, variant: str) -> dict[str, Any]:
 
 
 def ratio(what: str, mine: Samples, base: Samples, most: float | None = None, note: str = "") -> Figure:
-    """Return the median ratio of times within the rounds as a figure; the note tells processor time."""
+    """Return the median ratio of times within the rounds as a figure; the note tells their range."""
     ratios, cpu = ([a / b for a, b in zip(mine[of], base[of], strict=True)] for of in ("seconds", "cpu"))
-    said = f"processor time {statistics.median(cpu):.3g} x"
+    said = f"rounds {min(ratios):.3g} to {max(ratios):.3g} x; processor time {statistics.median(cpu):.3g} x"
     return Figure(what, statistics.median(ratios), "x", most, f"{note}; {said}" if note else said, ratios)
 
 
