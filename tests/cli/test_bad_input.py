@@ -194,6 +194,11 @@ def test_full_disk_is_a_failure(
     assert list(file.parent.iterdir()) == []
 
 
+def listens_to_interrupts() -> None:
+    """Give a child the usual Ctrl-C: a shell's background job, as on a CI machine, hands down a deaf one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(process: subprocess.Popen[str], ready: Callable[[], bool]) -> Said:
     """Send Ctrl-C as soon as the process is ready, and return how it ended."""
     end = time.monotonic() + 90
@@ -220,6 +225,7 @@ def test_ctrl_c_leaves_one_line_and_no_half_written_output(tiny: str, tmp_path: 
         stderr=log,
         text=True,
         env=environment(ACTLAS_PROGRESS="1"),
+        preexec_fn=listens_to_interrupts,
     )
     said = interrupted(process, lambda: bool(Path(log.name).read_text()))  # the first line of progress
     assert said.status == 130 and said.out == ""
@@ -242,6 +248,7 @@ def test_ctrl_c_during_a_card(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code, "card", "--out", str(target), str(flag)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        preexec_fn=listens_to_interrupts,
     )  # fmt: skip
     said = interrupted(process, flag.exists)
     assert said.status == 130 and said.out == ""
@@ -257,6 +264,7 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=listens_to_interrupts,
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
