@@ -22,13 +22,16 @@ app = new_app()
 
 
 @app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog=example(
         "actlas fit probe smollm2 sentiment --site blocks.15.resid_post -o probe/",
         "actlas fit pca smollm2 prose --site blocks.15.resid_post --option k=32 -o pca/",
+        "actlas fit sae smollm2 --site blocks.15.resid_post --corpus prose --width 8x --k 32 -o sae/",
         "actlas methods                                      (lists what can be fitted)",
-    )
+    ),
 )
 def fit(
+    context: typer.Context,
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A name that 'actlas methods' lists.")],
     model: ModelName,
     data: Annotated[
@@ -47,16 +50,26 @@ def fit(
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="An option of the method. Repeatable."),
     ] = None,
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", metavar="DATA", help="The same as DATA, as an option.")
+    ] = None,
     json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
-    """Fit a method and save the lens or edit that it gives."""
+    """Fit a method and save the lens or edit that it gives.
+
+    Options of the method can be given as they are: --k 32 is the same as --option k=32.
+    """
     with session(json=json, debug=debug) as out:
         from actlas.core.methods import find_method
 
         info = find_method(method)
-        options = _options(info, one_list(site), option or [], seed)
+        own, data = _own_options(context.args, data)
+        if corpus is not None and data is not None:
+            raise InputError(f"the data is given twice: {data!r} and --corpus {corpus!r}")
+        data = corpus if data is None else data
+        options = _options(info, one_list(site), [*(option or []), *own], seed)
         if info.data != "none" and data is None:
             raise InputError(f"{method} needs data ({_wanted(info)}); see 'actlas methods {method}'")
         target = out_folder or Path(method)
@@ -105,6 +118,30 @@ def _use(made: Any, model: str, target: Path) -> list[str]:
     return []
 
 
+def _own_options(words: list[str], data: str | None) -> tuple[list[str], str | None]:
+    """Return the method's own options (`--k 32`, `--k=32`) as KEY=VALUE, and the data if it came late.
+
+    Raises:
+        InputError: a word that is no option, or an option without a value.
+    """
+    found: list[str] = []
+    given = iter(words if data is None or not data.startswith("--") else [data, *words])
+    data = None if data is not None and data.startswith("--") else data
+    for word in given:
+        if not word.startswith("--"):
+            if data is not None:
+                raise InputError(f"{word!r} is one word too many; options are given as --name value")
+            data = word
+            continue
+        name, sign, value = word[2:].partition("=")
+        if not sign:
+            value = next(given, "")
+            if not value or value.startswith("--"):
+                raise InputError(f"--{name} needs a value, e.g. --{name} 32; 'actlas methods' lists options")
+        found.append(f"{name}={value}")
+    return found, data
+
+
 def _options(info: MethodInfo, sites: list[str], given: list[str], seed: int) -> dict[str, Any]:
     """Return the method's keyword arguments.
 
@@ -117,7 +154,7 @@ def _options(info: MethodInfo, sites: list[str], given: list[str], seed: int) ->
         key = key.strip().replace("-", "_")
         if not sign or not key:
             raise InputError(f"--option {text!r} is not KEY=VALUE, e.g. --option k=32")
-        if key not in info.options:
+        if key not in info.options and not info.open:
             has = ", ".join(info.options) or "none"
             raise InputError(
                 f"{info.name} has no option {key!r}{did_you_mean(key, info.options)} (it has {has})"
@@ -153,15 +190,28 @@ def _load_data(info: MethodInfo, name: str, model: Model | None, seed: int) -> A
 
     tokenizer = None if model is None else model.tokenizer
     if info.data == "corpus":
+        if _is_store(name):
+            from actlas.store import Store
+
+            return Store(name)
         return room.corpus(name, seed=seed)
     if info.data == "task":
         return room.task(name, tokenizer, n=128, seed=seed)
     return room.labelled(name, tokenizer, seed=seed, only_pairs=info.data == "pairs")
 
 
+def _is_store(name: str) -> bool:
+    """Say whether a name is the folder of a store of activations."""
+    manifest = Path(name) / "manifest.json"
+    try:
+        return manifest.is_file() and jsonlib.loads(manifest.read_text(encoding="utf-8"))["kind"] == "store"
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
+
+
 def _wanted(info: MethodInfo) -> str:
     return {
-        "corpus": "a corpus: prose, code, docs, mixed, a file or a folder",
+        "corpus": "a corpus: prose, code, docs, mixed, a file or a folder; or the folder of a store",
         "task": "a task's name",
         "labelled": "JSONL with text and label, or a task's name",
         "pairs": "JSONL with positive and negative, or a task's name",

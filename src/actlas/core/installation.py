@@ -185,7 +185,7 @@ class Installation:
         if edit.condition is not None:
             self._attach_gate(edit, key)
         for site in self.model.resolve(edit.site):
-            self._keep(self._attach_one(edit, site, ids, key, track))
+            self.keep(self._attach_one(edit, site, ids, key, track))
 
     def _attach_one(
         self, edit: ActivationEdit, site: Site, ids: tuple[int, ...] | None, key: object, track: _Track
@@ -216,7 +216,7 @@ class Installation:
             return x
 
         batch = lambda: self.watcher.of(site).batch  # noqa: E731
-        self._keep(attach(self.model.module, site, read, batch=batch))
+        self.keep(attach(self.model.module, site, read, batch=batch))
 
     def swap(self, edit: SwapModule) -> None:
         """Swap a module in. Called by the edit."""
@@ -224,7 +224,8 @@ class Installation:
         edit.module.train(original.training)
         self._undo.append(lambda: edit.swap_out(self.model.module, original))
 
-    def _keep(self, handle: Handle) -> None:
+    def keep(self, handle: Handle) -> None:
+        """Remove a hook when the edits are taken back; for edits that place hooks of their own."""
         self._undo.append(handle.remove)
 
     def _wrap_generate(self) -> None:

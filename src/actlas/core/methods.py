@@ -12,7 +12,8 @@ What `data` is. Methods never open files or know corpus names: the caller (the c
 turns a path or a name into one of these before it calls `fit`.
 
 * `"corpus"`: an iterable of strings or documents (`.text`, `.id`). On the command line: a bundled name,
-  a text file, a folder, or JSONL with `text`.
+  a text file, a folder, or JSONL with `text`. A method whose options have `site` may be given a `Store` of
+  harvested activations instead (on the command line its folder), if it says so.
 * `"labelled"`: a sequence of `(text, label)`, the label a bool, 0/1 or a number; or pairs, as below. On
   the command line: JSONL with `text` and `label`, or as below.
 * `"pairs"`: a sequence of `(positive text, negative text)`. On the command line: JSONL with `positive`
@@ -53,7 +54,13 @@ ROOMS: tuple[str, ...] = (
     "merge",
     "select",
 )
-_OWN = ("actlas.core.edits", "actlas.core.probe", "actlas.core.pca", "actlas.core.tuned_lens")
+_OWN = (
+    "actlas.core.edits",
+    "actlas.core.dictionary_edits",
+    "actlas.core.probe",
+    "actlas.core.pca",
+    "actlas.core.tuned_lens",
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,6 +79,7 @@ class MethodInfo:
         example: a command line that works on a bundled model.
         papers: slugs of the papers that it implements.
         options: name -> default of its keyword options (`...` for a required one).
+        open: whether it takes further options, which it checks itself (those of an architecture, say).
     """
 
     name: str
@@ -83,6 +91,7 @@ class MethodInfo:
     example: str = ""
     papers: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    open: bool = False
 
     @property
     def needs_site(self) -> bool:
@@ -133,7 +142,9 @@ def method(
         if known is not None and known.fit.__module__ != fit.__module__:
             raise ValueError(f"two methods are called {name!r}: {known.fit.__module__} and {fit.__module__}")
         options = _options(fit, 1 if data == "none" else 2)
-        _METHODS[name] = MethodInfo(name, room, returns, data, summary, fit, example, papers, options)
+        kinds = (p.kind for p in inspect.signature(fit).parameters.values())
+        more = inspect.Parameter.VAR_KEYWORD in kinds
+        _METHODS[name] = MethodInfo(name, room, returns, data, summary, fit, example, papers, options, more)
         return fit
 
     return register

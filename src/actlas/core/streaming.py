@@ -27,6 +27,14 @@ class Window:
     ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class TokenDocument:
+    """A document that is tokens already, e.g. a block of packed text; a corpus may hold such."""
+
+    id: str
+    ids: tuple[int, ...]
+
+
 def windows(
     model: Model, corpus: Iterable[Any], context: int | None = None, max_tokens: int | None = None
 ) -> Iterator[Window]:
@@ -34,7 +42,7 @@ def windows(
 
     Args:
         model: whose tokenizer cuts the text.
-        corpus: strings, or documents with `.text` and `.id`.
+        corpus: strings, documents with `.text` and `.id`, or `TokenDocument`s.
         context: tokens in a window; default the model's context, at most 512.
         max_tokens: stop after so many tokens.
 
@@ -49,9 +57,12 @@ def windows(
         raise InputError(f"context is {context}; {model.name} takes 1 to {limit} tokens")
     seen = 0
     for i, document in enumerate(corpus):
-        text = document if isinstance(document, str) else document.text
         name = str(i) if isinstance(document, str) else str(document.id)
-        ids = model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        if isinstance(document, TokenDocument):
+            ids = list(document.ids)
+        else:
+            text = document if isinstance(document, str) else document.text
+            ids = model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
         for start in range(0, len(ids), size):
             piece = ids[start : start + size]
             if max_tokens is not None:

@@ -1,0 +1,225 @@
+"""`fit_sae`: from a corpus, a store or rows to a trained sparse autoencoder, with its quality measured."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from actlas.core.errors import InputError, ShapeError, did_you_mean
+from actlas.core.intervals import bootstrap_ratio
+from actlas.core.layout import HEAD_KINDS
+from actlas.core.measurement import Measurement
+from actlas.core.methods import method
+from actlas.dictionaries.objective import Batch, TrainSettings
+from actlas.dictionaries.sae import SAE, parse_width
+from actlas.dictionaries.sae import architecture as find_architecture
+from actlas.dictionaries.sources import LiveSource, Packing, RowsSource, Source, StoreSource
+from actlas.dictionaries.training import train
+
+if TYPE_CHECKING:
+    from actlas.core.model import Model
+
+#: Rows held out of training to measure the dictionary on, when the rows are at hand.
+HELD_OUT = 4096
+#: A default run is over in minutes on two cores.
+DEFAULT_TOKENS = 500_000
+
+
+@method(
+    "sae",
+    room="dictionaries",
+    returns="Lens",
+    data="corpus",
+    summary="a sparse autoencoder: features of a site, trained on a corpus or a store (default: TopK)",
+    example="actlas fit sae smollm2 prose --site blocks.15.resid_post --width 8x --k 32 -o sae/",
+    papers=("attention-output-sae", "fast-sae", "g-sae"),
+)
+def fit_sae(
+    model: Model | None,
+    data: Any,
+    site: str,
+    *,
+    architecture: str = "topk",
+    width: int | str = "8x",
+    tokens: int | None = None,
+    max_tokens: int | None = None,
+    batch: int = 2048,
+    lr: float | None = None,
+    sparsity: float | None = None,
+    target: str | None = None,
+    packing: Packing = "document",
+    context: int | None = None,
+    dtype: str = "float32",
+    checkpoint: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> SAE:
+    """Train a sparse autoencoder.
+
+    Rows of a corpus are read once and kept in memory while they fit (up to about 2 GB); longer corpora are
+    read while training. Several passes are made when there are fewer rows than `tokens`.
+
+    Args:
+        model: whose activations are read; may be `None` for rows or a store.
+        data: a corpus; a `Store`; or rows `[n, d]`.
+        site: where.
+        architecture: a kind: `"topk"`, `"batchtopk"`, `"relu"`, `"jumprelu"`, `"gated"`, `"matryoshka"`, ...
+        width: number of features, or a multiple of the channels such as `"8x"`.
+        tokens: rows to train on; default: twenty passes, at most 500,000 rows.
+        max_tokens: read at most so many tokens of the corpus.
+        batch, lr, sparsity, dtype, seed: see `TrainSettings`.
+        target: reconstruct this site instead (a transcoder).
+        packing, context: how a corpus is cut; see `sources`.
+        checkpoint: a folder to save to every minute and to resume from.
+        **options: of the kind, e.g. `k=32`, or any other field of `TrainSettings`.
+
+    Raises:
+        InputError: options that do not fit, no rows, or a store of another site.
+        FingerprintError: a store of another model.
+    """
+    kind = find_architecture(architecture)
+    own, training = _split_options(kind, options)
+    width_in, width_out, site, heads = _widths(model, data, site, target)
+    if width_out is not None:
+        own["d_out"] = width_out
+    sae = kind.create(site, width_in, parse_width(width, width_in), seed=seed, **own)
+    sae.heads = heads
+    given = {"batch": batch, "lr": lr, "sparsity": sparsity, "dtype": dtype, "seed": seed, **training}
+    TrainSettings(tokens=tokens or 1, **given)  # it is quicker to be wrong before the data is read
+    source, held = _source(model, data, site, target, packing, context, max_tokens, seed)
+    count = len(source) if isinstance(source, RowsSource) else getattr(source, "rows", None)
+    if tokens is None:
+        tokens = DEFAULT_TOKENS if count is None else min(DEFAULT_TOKENS, 20 * count)
+    if count is not None:
+        given["batch"] = min(batch, max(1, count))
+    settings = TrainSettings(tokens=tokens, **given)
+    train(sae, source, settings, checkpoint=None if checkpoint is None else Path(checkpoint))
+    sae.fingerprint = model.fingerprint if model is not None else getattr(data, "fingerprint", None)
+    judged = source.sample(HELD_OUT, seed + 1) if held is None else held
+    sae.measurements = quality(sae, judged, held is not None)
+    return sae
+
+
+def quality(sae: SAE, batch: Batch, held_out: bool) -> tuple[Measurement, ...]:
+    """Return what every dictionary should say about itself: unexplained variance, L0, dead features."""
+    target = batch.target
+    codes = sae.encode(batch.x)
+    error = (target - sae.decode(codes)).square().sum(1).double()
+    total = (target - target.mean(0)).square().sum(1).double()
+    low, high = bootstrap_ratio(error.numpy(), total.numpy(), seed=0)
+    note = "on rows that it was not trained on" if held_out else "on rows that it was trained on"
+    l0 = float(codes.l0.double().mean())
+    silent = float((codes.counts() == 0).sum())
+    of = f"of {sae.features}, {note}"
+    return (
+        Measurement(
+            "fraction of variance unexplained", float(error.sum() / total.sum()), "fraction", len(target),
+            low, high, "bootstrap over rows", 0, better="lower", note=note,
+        ),
+        Measurement("L0", l0, "features/token", len(target), note=note),
+        Measurement("features that never fired", silent, "count", len(target), note=of),
+    )  # fmt: skip
+
+
+def _split_options(kind: type[SAE], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the kind's own options and those of the training.
+
+    Raises:
+        InputError: an option that neither has.
+    """
+    settings = {f.name for f in fields(TrainSettings)}
+    tensors = set(kind.trainable) | {f.name for f in fields(SAE)}
+    own = {f.name for f in fields(kind)} - tensors | _keywords(kind.create) - {
+        "cls",
+        "site",
+        "d",
+        "width",
+        "seed",
+    }
+    for name in options:
+        if name not in own | settings:
+            hint = did_you_mean(name, own | settings) or f"; it takes {', '.join(sorted(own))}"
+            raise InputError(f"{kind.architecture} has no option {name!r}{hint}")
+    mine = {name: value for name, value in options.items() if name in own}
+    return mine, {name: value for name, value in options.items() if name not in own}
+
+
+def _keywords(function: Any) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind == p.KEYWORD_ONLY} - {"d_out"}
+
+
+def _widths(
+    model: Model | None, data: Any, site: str, target: str | None
+) -> tuple[int, int | None, str, int | None]:
+    """Return channels read, channels written if that is another site, the site's whole name, its heads."""
+    if isinstance(data, Tensor):
+        if data.ndim < 2:
+            raise ShapeError(f"rows are [n, d], not {list(data.shape)}")
+        return data[0].numel(), None, site, None
+    if model is None:
+        if not hasattr(data, "batches"):
+            raise InputError("a corpus needs the model whose activations are read; give it")
+        return data.channels(site), None if target is None else data.channels(target), site, None
+    read, heads, site = _site_width(model, site)
+    return read, None if target is None else _site_width(model, target)[0], site, heads
+
+
+def _site_width(model: Model, site: str) -> tuple[int, int | None, str]:
+    found = model.resolve(site)
+    if len(found) != 1:
+        raise InputError(f"site {site!r} names {len(found)} sites; a dictionary is fitted at one")
+    features = found[0].features
+    if features is None:
+        raise InputError(
+            f"the width of {found[0].name} is not known before it is read; harvest it to a store"
+        )
+    return math.prod(features), features[0] if found[0].kind in HEAD_KINDS else None, found[0].name
+
+
+def _source(
+    model: Model | None,
+    data: Any,
+    site: str,
+    target: str | None,
+    packing: Packing,
+    context: int | None,
+    max_tokens: int | None,
+    seed: int,
+) -> tuple[Source, Batch | None]:
+    """Return the source, and held-out rows if there are some."""
+    if isinstance(data, Tensor):
+        return hold_out(data, None, seed)
+    if hasattr(data, "batches"):
+        if model is not None and data.fingerprint is not None:
+            data.fingerprint.check(model.fingerprint, "the store")
+        return StoreSource(data, site, target=target), None
+    assert model is not None
+    live = LiveSource(
+        model, data, site, target=target, packing=packing, context=context, max_tokens=max_tokens
+    )
+    rows = _read_all(live)
+    return (live, None) if rows is None else hold_out(rows.x, rows.y, seed)
+
+
+def _read_all(live: LiveSource) -> Batch | None:
+    """Return all rows of one pass, or `None` if they are more than about 2 GB."""
+    most = 500_000_000 // (live.channels + live.target_channels)
+    return live.read(most)
+
+
+def hold_out(x: Tensor, y: Tensor | None, seed: int) -> tuple[RowsSource, Batch]:
+    """Split rows into a source and held-out rows (a tenth, at most 4096)."""
+    whole = RowsSource(x, y)
+    n = len(whole)
+    some = min(HELD_OUT, n // 10)
+    everything = whole.sample(n, seed)
+    if some == 0:
+        return whole, everything
+    kept = everything.take(slice(some, None))
+    return RowsSource(kept.x, kept.y, keep_massive=False), everything.take(slice(0, some))

@@ -1,0 +1,85 @@
+"""TopK: the sparse gradients are autograd's, known features are found, dead ones come back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from actlas.core.errors import InputError
+from actlas.dictionaries import Batch, RowsSource, TopKSAE, TrainSettings, train
+from actlas.dictionaries.objective import TrainState
+from actlas.dictionaries.sae import SAE
+
+from .conftest import sparse_rows
+
+
+def state(sae: SAE, dead: list[int] | None = None, **options: object) -> TrainState:
+    fired = torch.zeros(sae.features, dtype=torch.int64)
+    fired[dead or []] = 10**9
+    return TrainState(TrainSettings(tokens=1000, batch=16, **options), fired)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dead", [[], [0, 3], list(range(20))])
+def test_sparse_gradients_are_autograds(centred: bool, dead: list[int]) -> None:
+    g = torch.Generator().manual_seed(0)
+    sae = replace(
+        TopKSAE.create("s", 12, 24, k=4, seed=3), centred=centred,
+        b_dec=0.3 * torch.randn(12, generator=g), b_enc=0.2 * torch.randn(24, generator=g),
+    )  # fmt: skip
+    batch = Batch(torch.randn(16, 12, generator=g))
+    dense_objective, dense = SAE.gradients(sae, batch, state(sae, dead))
+    objective, sparse = sae.gradients(batch, state(sae, dead))
+    torch.testing.assert_close(objective.loss, dense_objective.loss.detach())
+    for name in sae.trainable:
+        torch.testing.assert_close(sparse[name], dense[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_dense_loss_is_the_paper_in_float64() -> None:
+    g = torch.Generator().manual_seed(1)
+    sae = TopKSAE.create("s", 8, 16, k=3, seed=0)
+    x = torch.randn(10, 8, generator=g)
+    pre = x.double() @ sae.W_enc.double().T
+    kept = pre.topk(3).values[:, -1:]
+    z = torch.where(pre >= kept, pre, 0).relu()
+    error = x.double() - z @ sae.W_dec.double()
+    dead = [1, 5]
+    e_hat = pre[:, dead].relu() @ sae.W_dec[dead].double()
+    auxiliary = (2 / 4) * (error - e_hat).square().sum(1).mean()
+    expected = error.square().sum(1).mean() + auxiliary / 32
+    found = sae.objective(Batch(x), state(sae, dead)).loss
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_decoder_gradient_keeps_atoms_at_unit_norm() -> None:
+    sae = TopKSAE.create("s", 12, 24, k=4)
+    _, found = sae.gradients(Batch(torch.randn(16, 12)), state(sae))
+    assert float((found["W_dec"] * sae.W_dec).sum(1).abs().max()) < 1e-6
+
+
+def test_known_features_are_found() -> None:
+    rows, truth = sparse_rows(8000, 24, 40, 2)
+    sae = TopKSAE.create("s", 24, 60, k=3, seed=0)
+    train(sae, RowsSource(rows), TrainSettings(tokens=160_000, batch=256, lr=3e-3), show=False)
+    best = (truth @ sae.W_dec.T).max(1).values
+    random = torch.nn.functional.normalize(torch.randn(60, 24, generator=torch.Generator().manual_seed(9)))
+    assert float(best.mean()) > 0.9 > float((truth @ random.T).max(1).values.mean()) + 0.2
+
+
+def test_bfloat16_training_stays_close() -> None:
+    rows, _ = sparse_rows(2000, 24, 40, 2)
+    errors = []
+    for dtype in ("float32", "bfloat16"):
+        sae = TopKSAE.create("s", 24, 60, k=3, seed=0)
+        settings = TrainSettings(tokens=20_000, batch=256, lr=3e-3, dtype=dtype)  # type: ignore[arg-type]
+        train(sae, RowsSource(rows), settings, show=False)
+        errors.append(float((sae.reconstruct(rows) - rows).square().sum()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def test_bad_k() -> None:
+    for k in (0, 25):
+        with pytest.raises(InputError, match=f"k is {k}; it must be between 1 and the width, 24"):
+            TopKSAE.create("s", 12, 24, k=k)
