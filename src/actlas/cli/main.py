@@ -33,6 +33,7 @@ COMMANDS = {
     "papers": "List the papers that Actlas rests on, and what came out here.",
     "reproduce": "Test a paper's claim here and judge it.",
     "models": "List the bundled models, fetch or remove them.",
+    "doctor": "Find out why a model does not work, and what its folder lacks.",
 }
 
 

@@ -281,7 +281,7 @@ def _sparsity_interval(
     power = float(np.polyfit([u[0] for u in usable], [u[1] for u in usable], 1)[0]) if spread else 2.0
     power = min(4.0, max(1.0, power))
     shift = best.active.ratio - neurons.ratio(best.thresholds)
-    bounds = []
+    bounds = [1 - best.active.ratio]
     for sign in (-1.0, 1.0):
         rise = target + sign * 1.96 * best.error
         cett = 0.0 if rise <= 0 else min(1.0, best.cett * (rise / best.rise) ** (1 / power))
