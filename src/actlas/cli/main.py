@@ -29,6 +29,7 @@ COMMANDS = {
     "measure": "Measure a model, with and without edits, side by side.",
     "calibrate": "Read a corpus once and save statistics of the activations.",
     "fit": "Fit a method and save the lens or edit that it gives.",
+    "features": "Show what the features of a dictionary mean.",
     "methods": "List the methods that can be fitted.",
     "papers": "List the papers that Actlas rests on, and what came out here.",
     "reproduce": "Test a paper's claim here and judge it.",

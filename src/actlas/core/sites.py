@@ -33,7 +33,8 @@ from actlas.core.layout import (
     join,
 )
 
-_ALIASES = {
+#: TransformerLens hook name -> site name (inside a block, without its `blocks.5.`).
+ALIASES = {
     "hook_embed": "embed",
     "ln_final.hook_normalized": "final_norm",
     "hook_resid_pre": "resid_pre",
@@ -214,12 +215,12 @@ class SiteResolver:
 
     def _canonical(self, name: str) -> str:
         """Translate TransformerLens aliases and negative block numbers."""
-        if name in _ALIASES:
-            return _ALIASES[name]
+        if name in ALIASES:
+            return ALIASES[name]
         match = _BLOCK.match(name)
         if match is None:
             return name
-        kind = _ALIASES.get(match["kind"], match["kind"])
+        kind = ALIASES.get(match["kind"], match["kind"])
         if kind == "mlp.hook_pre":
             prefix = name[: match.start("kind")]
             gate = self._sites.get(f"{prefix}mlp.gate")
