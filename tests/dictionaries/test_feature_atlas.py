@@ -170,7 +170,7 @@ def test_bad_input(toy: Model, sae: TopKSAE, atlas: FeatureAtlas) -> None:
         atlas.feature(48)
     with pytest.raises(InputError, match="no text"):
         feature_atlas(toy, sae, [])
-    other = replace(toy.fingerprint, architecture="Other")
+    other = replace(toy.fingerprint, model_type="other")
     with pytest.raises(FingerprintError):
         feature_atlas(toy, replace(sae, fingerprint=other), ["w1 w2"])
     assert atlas.search("w7") and not atlas.search("nowhere to be found")

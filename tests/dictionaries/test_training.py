@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from actlas.core.errors import InputError, NonFiniteError
+from actlas.core.errors import FingerprintError, InputError, NonFiniteError, SiteError
 from actlas.core.model import Model
 from actlas.dictionaries import LiveSource, RowsSource, TopKSAE, TrainSettings, fit_sae, train
-
 from actlas.dictionaries.sources import join_blocks
 from actlas.dictionaries.training import clip, geometric_median
+from tests.core.families import BY_NAME
 
 from .conftest import sparse_rows
 
@@ -190,3 +190,20 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
     subprocess.run([*launch, str(script), str(both)], check=True)
     np.testing.assert_allclose(np.load(both), np.load(alone), atol=2e-4)
+
+
+def test_fit_from_a_store(toy: Model, text: list[str], tmp_path: Path) -> None:
+    from actlas.store import harvest
+
+    store = harvest(toy, text, [SITE, "blocks.1.mlp.out"], tmp_path / "s", dtype="float32")
+    sae = fit_sae(toy, store, SITE, width=48, k=4, tokens=6000, batch=128, lr=3e-3)
+    memory = fit_sae(toy, text, SITE, width=48, k=4, tokens=6000, batch=128, lr=3e-3)
+    assert sae.fingerprint == toy.fingerprint and "not trained on" in sae.measurements[0].note
+    assert sae.measurements[0].value == pytest.approx(memory.measurements[0].value, abs=0.1)
+    alone = fit_sae(None, store, SITE, width=48, k=4, tokens=600, batch=128)
+    assert alone.fingerprint == store.fingerprint
+    with pytest.raises(SiteError):
+        fit_sae(toy, store, "blocks.0.resid_post", width=48, k=4)
+    other = Model(BY_NAME["gpt2"].model().module, toy.tokenizer, name="other")
+    with pytest.raises(FingerprintError, match="the store was made for another model"):
+        fit_sae(other, store, SITE, width=48, k=4)

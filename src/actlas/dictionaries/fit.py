@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from actlas.core.dictionary import Dictionary
 from actlas.core.errors import InputError, ShapeError, did_you_mean
 from actlas.core.intervals import bootstrap_ratio
 from actlas.core.layout import HEAD_KINDS
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Rows held out of training to measure the dictionary on, when the rows are at hand.
 HELD_OUT = 4096
+#: Rows of a store that are kept apart: one stretch of 64 in sixteen, so that no neighbour was trained on.
+_APART = "((row // 64) % 16 = 7)"
 #: A default run is over in minutes on two cores.
 DEFAULT_TOKENS = 500_000
 
@@ -42,7 +45,7 @@ DEFAULT_TOKENS = 500_000
 def fit_sae(
     model: Model | None,
     data: Any,
-    site: str,
+    site: str | list[str],
     *,
     architecture: str = "topk",
     width: int | str = "8x",
@@ -67,7 +70,7 @@ def fit_sae(
     Args:
         model: whose activations are read; may be `None` for rows or a store.
         data: a corpus; a `Store`; or rows `[n, d]`.
-        site: where.
+        site: where; several for a crosscoder.
         architecture: a kind: `"topk"`, `"batchtopk"`, `"relu"`, `"jumprelu"`, `"gated"`, `"matryoshka"`, ...
         width: number of features, or a multiple of the channels such as `"8x"`.
         tokens: rows to train on; default: twenty passes, at most 500,000 rows.
@@ -84,14 +87,34 @@ def fit_sae(
     """
     kind = find_architecture(architecture)
     own, training = _split_options(kind, options)
-    width_in, width_out, site, heads = _widths(model, data, site, target)
-    if width_out is not None:
-        own["d_out"] = width_out
-    sae = kind.create(site, width_in, parse_width(width, width_in), seed=seed, **own)
+    sites = [site] if isinstance(site, str) else list(site)
+    sites, sizes, heads = _widths(model, data, sites)
+    if kind.several_sites and len(sites) > 1:
+        own |= {"sites": tuple(sites)} | ({"sizes": tuple(sizes)} if len(sizes) > 1 else {})
+    elif len(sites) > 1:
+        raise InputError(f"{len(sites)} sites are given; a {architecture} dictionary is fitted at one")
+    if target is not None and isinstance(data, Tensor):
+        raise InputError("rows are of one site; train on two with RowsSource(x, y) and train(...)")
+    if target is not None:
+        (target,), (own["d_out"],), _ = _widths(model, data, [target])
+        if "target" in {f.name for f in fields(kind)}:
+            own["target"] = target
+    read = sum(sizes)
+    sae = kind.create(sites[0], read, parse_width(width, read), seed=seed, **own)
     sae.heads = heads
     given = {"batch": batch, "lr": lr, "sparsity": sparsity, "dtype": dtype, "seed": seed, **training}
     TrainSettings(tokens=tokens or 1, **given)  # it is quicker to be wrong before the data is read
-    source, held = _source(model, data, site, target, packing, context, max_tokens, seed)
+    source, held = open_source(
+        model,
+        data,
+        sites,
+        target=target,
+        gradient=kind.needs_gradient,
+        packing=packing,
+        context=context,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
     count = len(source) if isinstance(source, RowsSource) else getattr(source, "rows", None)
     if tokens is None:
         tokens = DEFAULT_TOKENS if count is None else min(DEFAULT_TOKENS, 20 * count)
@@ -105,11 +128,11 @@ def fit_sae(
     return sae
 
 
-def quality(sae: SAE, batch: Batch, held_out: bool) -> tuple[Measurement, ...]:
+def quality(sae: Dictionary, batch: Batch, held_out: bool) -> tuple[Measurement, ...]:
     """Return what every dictionary should say about itself: unexplained variance, L0, dead features."""
     target = batch.target
     codes = sae.encode(batch.x)
-    error = (target - sae.decode(codes)).square().sum(1).double()
+    error = (target - sae.reconstruct(batch.x)).square().sum(1).double()
     total = (target - target.mean(0)).square().sum(1).double()
     low, high = bootstrap_ratio(error.numpy(), total.numpy(), seed=0)
     note = "on rows that it was not trained on" if held_out else "on rows that it was trained on"
@@ -154,20 +177,18 @@ def _keywords(function: Any) -> set[str]:
     return {p.name for p in parameters if p.kind == p.KEYWORD_ONLY} - {"d_out"}
 
 
-def _widths(
-    model: Model | None, data: Any, site: str, target: str | None
-) -> tuple[int, int | None, str, int | None]:
-    """Return channels read, channels written if that is another site, the site's whole name, its heads."""
+def _widths(model: Model | None, data: Any, sites: list[str]) -> tuple[list[str], list[int], int | None]:
+    """Return whole names, the channels of each (of rows: of all together), and the heads of the first."""
     if isinstance(data, Tensor):
         if data.ndim < 2:
             raise ShapeError(f"rows are [n, d], not {list(data.shape)}")
-        return data[0].numel(), None, site, None
+        return sites, [data[0].numel()], None
     if model is None:
         if not hasattr(data, "batches"):
             raise InputError("a corpus needs the model whose activations are read; give it")
-        return data.channels(site), None if target is None else data.channels(target), site, None
-    read, heads, site = _site_width(model, site)
-    return read, None if target is None else _site_width(model, target)[0], site, heads
+        return sites, [data.channels(s) for s in sites], None
+    found = [_site_width(model, s) for s in sites]
+    return [name for _, _, name in found], [size for size, _, _ in found], found[0][1]
 
 
 def _site_width(model: Model, site: str) -> tuple[int, int | None, str]:
@@ -182,29 +203,44 @@ def _site_width(model: Model, site: str) -> tuple[int, int | None, str]:
     return math.prod(features), features[0] if found[0].kind in HEAD_KINDS else None, found[0].name
 
 
-def _source(
+def open_source(
     model: Model | None,
     data: Any,
-    site: str,
-    target: str | None,
-    packing: Packing,
-    context: int | None,
-    max_tokens: int | None,
-    seed: int,
+    site: str | list[str],
+    *,
+    target: str | None = None,
+    gradient: bool = False,
+    packing: Packing = "document",
+    context: int | None = None,
+    max_tokens: int | None = None,
+    seed: int = 0,
 ) -> tuple[Source, Batch | None]:
-    """Return the source, and held-out rows if there are some."""
+    """Return a source of rows for a corpus, a store or rows, and held-out rows where rows are at hand.
+
+    Raises:
+        InputError: a corpus without a model, or a store without the site.
+        FingerprintError: a store of another model.
+    """
     if isinstance(data, Tensor):
-        return hold_out(data, None, seed)
+        return hold_out(Batch(data), seed)
     if hasattr(data, "batches"):
         if model is not None and data.fingerprint is not None:
             data.fingerprint.check(model.fingerprint, "the store")
-        return StoreSource(data, site, target=target), None
-    assert model is not None
+        return StoreSource(data, site, target=target, gradient=gradient), None
+    if model is None:
+        raise InputError("a corpus needs the model whose activations are read; give it")
     live = LiveSource(
-        model, data, site, target=target, packing=packing, context=context, max_tokens=max_tokens
+        model,
+        data,
+        site,
+        target=target,
+        gradient=gradient,
+        packing=packing,
+        context=context,
+        max_tokens=max_tokens,
     )
     rows = _read_all(live)
-    return (live, None) if rows is None else hold_out(rows.x, rows.y, seed)
+    return (live, None) if rows is None else hold_out(rows, seed)
 
 
 def _read_all(live: LiveSource) -> Batch | None:
@@ -213,13 +249,13 @@ def _read_all(live: LiveSource) -> Batch | None:
     return live.read(most)
 
 
-def hold_out(x: Tensor, y: Tensor | None, seed: int) -> tuple[RowsSource, Batch]:
+def hold_out(rows: Batch, seed: int) -> tuple[RowsSource, Batch]:
     """Split rows into a source and held-out rows (a tenth, at most 4096)."""
-    whole = RowsSource(x, y)
+    whole = RowsSource(rows.x, rows.y, rows.gradient)
     n = len(whole)
     some = min(HELD_OUT, n // 10)
     everything = whole.sample(n, seed)
     if some == 0:
         return whole, everything
     kept = everything.take(slice(some, None))
-    return RowsSource(kept.x, kept.y, keep_massive=False), everything.take(slice(0, some))
+    return RowsSource(kept.x, kept.y, kept.gradient), everything.take(slice(0, some))

@@ -128,69 +128,59 @@ class StoreSource:
         store: a harvested store.
         site: the site that is encoded; several make a crosscoder's concatenated rows.
         target: the site that is reconstructed, if another (a transcoder).
-        gradient: read the gradients too that were harvested at `site`.
+        gradient: read the gradients too that were harvested at the site.
+        where: only rows of the token table for which this SQL condition holds.
+
+    Raises:
+        SiteError: the store does not hold a site.
+        InputError: no row meets the condition, or no gradients were harvested.
     """
 
     def __init__(
-        self, store: Store, site: str | list[str], *, target: str | None = None, gradient: bool = False
+        self,
+        store: Store,
+        site: str | list[str],
+        *,
+        target: str | None = None,
+        gradient: bool = False,
+        where: str | None = None,
     ) -> None:
-        self._store = store
+        self._store, self._target, self._where = store, target, where
         self._sites = [site] if isinstance(site, str) else list(site)
-        self._target = target
-        self._gradient = f"{self._sites[0]}.gradient" if gradient else None
-        self._names = [
-            *self._sites,
-            *([target] if target else []),
-            *([self._gradient] if self._gradient else []),
-        ]
-        held = set(store.sites)
-        for name in self._names:
-            if name not in held:
-                raise InputError(f"the store has no {name!r}; it has {', '.join(sorted(held))}")
-        sample = self.sample(4096, 0)
-        norm = sample.x.norm(dim=1)
-        self.skip_above = MASSIVE * float(norm.median())
-
-    @property
-    def channels(self) -> int:
-        return sum(self._store.channels(s) for s in self._sites)
-
-    @property
-    def target_channels(self) -> int:
-        return self._store.channels(self._target) if self._target else self.channels
+        self._gradient = gradient
+        self._names = [*self._sites, *([target] if target else [])]
+        self.channels = sum(store.channels(s) for s in self._sites)
+        self.target_channels = store.channels(target) if target else self.channels
+        self.rows = len(store.select(where))
+        self.skip_above: float | None = None
+        self.skip_above = MASSIVE * float(self.sample(4096, 0).x.norm(dim=1).median())
 
     @property
     def identity(self) -> str:
-        return f"store {self._store.rows} rows {' '.join(self._names)}"
+        return f"store {self._store.rows} rows {' '.join(self._names)} {self._where or ''}".strip()
 
     def sample(self, n: int, seed: int) -> Batch:
-        found: list[Batch] = []
-        for batch in self._read(min(n, self._store.rows), seed, 0):
-            found.append(batch)
-            if sum(map(len, found)) >= n:
-                break
-        return _join(found)
+        """Return some rows, at random."""
+        found = next(self._read(min(n, self.rows), seed, 0))
+        return self._usual(found)
 
     def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yield batches in random order across the whole store, once through."""
         for rows in self._read(batch, seed, start):
-            kept = rows.take(rows.x.norm(dim=1) <= self.skip_above) if self.skip_above else rows
-            if len(kept):
-                yield kept
+            yield self._usual(rows)
+
+    def _usual(self, rows: Batch) -> Batch:
+        return rows if self.skip_above is None else rows.take(rows.x.norm(dim=1) <= self.skip_above)
 
     def _read(self, batch: int, seed: int, start: int) -> Iterator[Batch]:
-        for held in self._store.batches(batch, sites=self._names, shuffle=True, seed=seed, start=start):
-            x = (
-                torch.cat([held[s] for s in self._sites], dim=1)
-                if len(self._sites) > 1
-                else held[self._sites[0]]
-            )
+        first = self._sites[0]
+        for held in self._store.batches(
+            batch, sites=self._names, seed=seed, start=start, where=self._where, gradient=self._gradient
+        ):
+            x = torch.cat([held[s] for s in self._sites], dim=1) if len(self._sites) > 1 else held[first]
             check_rows(x)
-            yield Batch(
-                x,
-                held[self._target] if self._target else None,
-                held[self._gradient] if self._gradient else None,
-            )
+            y = held[self._target] if self._target else None
+            yield Batch(x, y, held[f"{first}.gradient"] if self._gradient else None)
 
 
 class LiveSource:

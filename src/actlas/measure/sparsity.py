@@ -191,7 +191,8 @@ def ppl_p_sparsity(
         seed=seed,
         better="higher",
         note=f"p = {p:g}%, {base.note}; "
-        + (f"first {skip_first} tokens dense" if skip_first else "every token sparse"),
+        + (f"first {skip_first} tokens dense" if skip_first else "every token sparse")
+        + ("" if low is not None else f"; the search ended at {100 * math.expm1(best.rise):+.2g}% instead"),
         details={
             "p": p,
             "activation_ratio": best.active.ratio,
@@ -281,10 +282,11 @@ def _sparsity_interval(
     power = float(np.polyfit([u[0] for u in usable], [u[1] for u in usable], 1)[0]) if spread else 2.0
     power = min(4.0, max(1.0, power))
     shift = best.active.ratio - neurons.ratio(best.thresholds)
-    bounds = [1 - best.active.ratio]
+    bounds = []
     for sign in (-1.0, 1.0):
         rise = target + sign * 1.96 * best.error
         cett = 0.0 if rise <= 0 else min(1.0, best.cett * (rise / best.rise) ** (1 / power))
         ratio = neurons.ratio(neurons.thresholds(cett, tolerance=0.01)) + shift
         bounds.append(min(1.0, max(0.0, 1 - ratio)))
-    return min(bounds), max(bounds)
+    low, high = min(bounds), max(bounds)
+    return (low, high) if low <= 1 - best.active.ratio <= high else (None, None)
