@@ -226,7 +226,10 @@ def open_source(
     if hasattr(data, "batches"):
         if model is not None and data.fingerprint is not None:
             data.fingerprint.check(model.fingerprint, "the store")
-        return StoreSource(data, site, target=target, gradient=gradient), None
+        options: dict[str, Any] = {"target": target, "gradient": gradient}
+        source = StoreSource(data, site, where=f"NOT {_APART}", **options)
+        held = StoreSource(data, site, where=_APART, **options) if source.rows < data.rows else None
+        return source, None if held is None else held.sample(HELD_OUT, seed)
     if model is None:
         raise InputError("a corpus needs the model whose activations are read; give it")
     live = LiveSource(

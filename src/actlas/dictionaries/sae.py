@@ -58,6 +58,9 @@ class SAE(Dictionary):
     architecture: ClassVar[str] = ""
     #: Names of the tensors that are trained.
     trainable: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")
+    #: Whether training needs dL/dx beside every row; whether the kind reads several sites at once.
+    needs_gradient: ClassVar[bool] = False
+    several_sites: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -115,7 +118,7 @@ class SAE(Dictionary):
         whole = {
             n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found, strict=True)
         }
-        return objective, self.constrain(whole)
+        return replace(objective, loss=objective.loss.detach()), self.constrain(whole)
 
     def constrain(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take out of the decoder's gradient what would only change the atoms' norms."""
@@ -128,7 +131,7 @@ class SAE(Dictionary):
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     def prepared(self, sample: Batch) -> None:
-        """Called once before the first step, when scale and `b_dec` are set, with rows in the site's units."""
+        """Called once before the first step, after scale and `b_dec` are set; rows in the site's units."""
 
     def finish(self, state: TrainState) -> None:
         """Called once after the last step, e.g. to fix a threshold."""
@@ -175,7 +178,7 @@ class SAE(Dictionary):
             )
         flat = codes.flatten()
         x = sparse_decode(flat.indices, flat.values.to(self.W_dec), self.W_dec)
-        return (x + self.b_dec).reshape(*codes.shape, -1)
+        return (x + self.b_dec).reshape(*codes.shape, len(self.b_dec))
 
     def check(self) -> None:
         """Raise NonFiniteError if training went wrong."""
@@ -206,7 +209,7 @@ def parse_width(width: int | str, d: int) -> int:
     text = str(width).strip().lower()
     try:
         found = int(float(text[:-1]) * d) if text.endswith("x") else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         found = 0
     if found < 1:
         raise InputError(f"width is {width!r}; it must be a number of features or a multiple such as '8x'")
