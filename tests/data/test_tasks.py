@@ -225,3 +225,33 @@ def test_every_task_can_be_made_for_the_bundled_model() -> None:
         assert len(made) == 128
         for item in made:
             assert ids(tok, item.prompt + item.answer) == [*ids(tok, item.prompt), item.answer_id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ioi_variants_change_one_attribute_and_keep_the_tokens(kind: str) -> None:
+    tok = tokenizer(kind)
+    for item in task("ioi", tok, n=24, seed=5):
+        assert set(item.attributes) == {"IO", "S", "Pos"}
+        assert item.answer.strip() == item.attributes["IO"] and item.wrong[0].strip() == item.attributes["S"]
+        assert set(item.variants) <= {"IO", "S", "Pos"}
+        if not item.prompt.startswith((item.attributes["IO"], item.attributes["S"])):
+            assert len(item.variants) == 3  # at the start of a text a name may be several tokens
+        for name, other in item.variants.items():
+            changed = {a for a, v in item.attributes.items() if other.attributes[a] != v}
+            assert changed == {name} and other.prompt != item.prompt
+            assert len(ids(tok, other.prompt)) == len(ids(tok, item.prompt))
+            assert ids(tok, other.prompt + other.answer) == [*ids(tok, other.prompt), other.answer_id]
+        swapped = item.counterfactual
+        assert swapped is not None
+        assert swapped.attributes["IO"] == item.attributes["S"]
+        assert swapped.attributes["Pos"] != item.attributes["Pos"]
+
+
+def test_words_limits_the_names_and_nothing_else() -> None:
+    few = task("ioi", tokenizer("bytes"), n=120, words=6)
+    assert len({i.attributes["IO"] for i in few}) == 6
+    assert {n for i in few for v in i.variants.values() for n in (v.attributes["IO"], v.attributes["S"])} <= {
+        i.attributes["IO"] for i in few
+    }
+    with pytest.raises(InputError, match="at least 4 words"):
+        task("ioi", words=3)

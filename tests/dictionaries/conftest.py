@@ -32,7 +32,7 @@ def text() -> list[str]:
 
 def sparse_rows(n: int, d: int, features: int, active: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return rows `[n, d]` that are sums of `active` of `features` unit directions, and the directions."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(10_000 + seed)  # not the generator that first weights come from
     directions = torch.randn(features, d, generator=g)
     directions /= directions.norm(dim=1, keepdim=True)
     chosen = torch.stack([torch.randperm(features, generator=g)[:active] for _ in range(n)])

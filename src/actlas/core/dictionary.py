@@ -90,7 +90,7 @@ class Dictionary(Lens):
         atoms, flat = self.atoms, codes.flatten()
         values = flat.values.to(atoms.dtype)
         x = embedding_bag(flat.indices, atoms, per_sample_weights=values, mode="sum")
-        return (x if self.offset is None else x + self.offset).reshape(*codes.shape, -1)
+        return (x if self.offset is None else x + self.offset).reshape(*codes.shape, atoms.shape[1])
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return `decode(encode(x))`, `[..., d]` (heads joined)."""

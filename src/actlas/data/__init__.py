@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from actlas.data.chats import chats
 from actlas.data.corpora import corpus
 from actlas.data.documents import Corpus, Document
 from actlas.data.labelled import labelled
@@ -30,6 +31,7 @@ __all__ = [
     "Task",
     "TaskInfo",
     "TaskItem",
+    "chats",
     "corpus",
     "images",
     "labelled",

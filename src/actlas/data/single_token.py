@@ -75,11 +75,13 @@ class Builder:
     Args:
         tokens: the tokenizer's checks.
         seed: text or number; every choice depends on it.
+        words: use only so many words of each list of candidates; `None` uses all.
     """
 
-    def __init__(self, tokens: Tokens, seed: str) -> None:
+    def __init__(self, tokens: Tokens, seed: str, words: int | None = None) -> None:
         self.tokens = tokens
         self.random = random.Random(seed)
+        self.words = words
 
     def single(self, words: Iterable[str], least: int = 2) -> list[str]:
         """Return the words that are one token after a space.
@@ -89,7 +91,7 @@ class Builder:
         """
         asked = list(words)
         if not self.tokens.known:
-            return asked
+            return asked[: self.words]
         kept = [word for word in asked if self.tokens.one(_CARRIER, f" {word}") is not None]
         if len(kept) < least:
             first = next(word for word in asked if word not in kept)
@@ -98,7 +100,7 @@ class Builder:
                 f"only {len(kept)} of {len(asked)} words are one token for this tokenizer, {least} are needed"
                 f" ({' ' + first!r} is {pieces}); use another task"
             )
-        return kept
+        return kept[: self.words]
 
     def labels(self, candidates: Sequence[tuple[str, str]]) -> tuple[str, str]:
         """Return the first pair of label words that are one token each.

@@ -37,6 +37,9 @@ class TaskItem:
         answer_id, wrong_ids: the tokens of `answer` and `wrong` after this prompt; `None` and empty when
             the task was made without a tokenizer.
         stimulus: the text that is judged, without the question about it (sentiment, true-false).
+        attributes: what the prompt was made of, e.g. `{"IO": "Mary", "S": "John", "Pos": "ABBA"}`: the
+            variables that a model of the task must carry. Unlike `group` they may have many values.
+        variants: the same prompt with one attribute changed, by attribute, with as many tokens.
     """
 
     id: str
@@ -48,6 +51,8 @@ class TaskItem:
     answer_id: int | None = None
     wrong_ids: tuple[int, ...] = ()
     stimulus: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, TaskItem] = field(default_factory=dict)
 
     @property
     def text(self) -> str:

@@ -20,7 +20,7 @@ def tasks() -> dict[str, TaskInfo]:
     return dict(_INFOS)
 
 
-def task(name: str, tokenizer: Any = None, *, n: int = 64, seed: int = 0) -> Task:
+def task(name: str, tokenizer: Any = None, *, n: int = 64, seed: int = 0, words: int | None = None) -> Task:
     """Make a task of up to `n` different items.
 
     The first `k` items are the same for every `n` of at least `k`.
@@ -32,10 +32,12 @@ def task(name: str, tokenizer: Any = None, *, n: int = 64, seed: int = 0) -> Tas
         n: how many items; a task that has fewer different ones for this tokenizer gives those and says so
             in its `note`.
         seed: the same seed gives the same items.
+        words: draw from only so many words of each list that is checked for one-token words (names in
+            `"ioi"`), so that every word comes up often; `None` draws from all.
 
     Raises:
-        InputError: unknown name, `n` below 1, or a tokenizer for which fewer than 8 items (or fewer than
-            `n`, if that is less) can be made.
+        InputError: unknown name, `n` below 1, `words` below 4, or a tokenizer for which fewer than 8 items
+            (or fewer than `n`, if that is less) can be made.
     """
     if name not in _INFOS:
         raise InputError(
@@ -43,11 +45,13 @@ def task(name: str, tokenizer: Any = None, *, n: int = 64, seed: int = 0) -> Tas
         )
     if n < 1:
         raise InputError(f"a task of {n} items makes no sense; ask for at least 1")
+    if words is not None and words < 4:
+        raise InputError(f"a task needs at least 4 words to draw from, not {words}")
     info = _INFOS[name]
     tokens = Tokens(tokenizer)
     items: dict[str, TaskItem] = {}
     refused, fruitless = "", 0
-    for draft in info.build(Builder(tokens, f"{name}/{seed}")):
+    for draft in info.build(Builder(tokens, f"{name}/{seed}", words)):
         item = _fit(draft, tokens)
         fruitless += 1
         if item is None:
@@ -96,11 +100,26 @@ def _fit(draft: TaskItem, tokens: Tokens) -> TaskItem | None:
         if item is None:
             continue
         if other is None:
-            return item
-        partner = _with_ids(other, tokens, spaced)
-        if partner is not None and len(tokens.ids(partner.prompt)) == len(tokens.ids(item.prompt)):
-            return replace(item, counterfactual=partner)
+            return _with_variants(item, tokens, spaced)
+        partner = _alike(item, other, tokens, spaced)
+        if partner is not None:
+            return _with_variants(replace(item, counterfactual=partner), tokens, spaced)
     return None
+
+
+def _alike(item: TaskItem, other: TaskItem, tokens: Tokens, spaced: bool) -> TaskItem | None:
+    """Return another draft with its tokens, or `None` if it has not as many as `item`."""
+    partner = _with_ids(other, tokens, spaced)
+    same = partner is not None and len(tokens.ids(partner.prompt)) == len(tokens.ids(item.prompt))
+    return partner if same else None
+
+
+def _with_variants(item: TaskItem, tokens: Tokens, spaced: bool) -> TaskItem:
+    """Look up the tokens of an item's variants; those that do not fit are left out."""
+    if not item.variants:
+        return item
+    fitted = {name: _alike(item, other, tokens, spaced) for name, other in item.variants.items()}
+    return replace(item, variants={name: other for name, other in fitted.items() if other is not None})
 
 
 def _with_ids(draft: TaskItem, tokens: Tokens, spaced: bool) -> TaskItem | None:

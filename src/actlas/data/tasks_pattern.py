@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from random import Random
 
 from actlas.data.single_token import Builder
 from actlas.data.task_items import TaskInfo, TaskItem
@@ -27,25 +28,41 @@ _IOI_FRAMES = (
 def _ioi(b: Builder) -> Iterator[TaskItem]:
     """Indirect-object identification after Wang et al. 2022 (arXiv 2211.00593), section 2.
 
-    The counterfactual has the other name repeated, so the answer is the other name.
+    The counterfactual has the other name repeated, so the answer is the other name. A variant has another
+    name in the indirect object's or the subject's place, or the first two names in the other order.
     """
     names = b.single(NAMES, least=4)
     for turn in count():
         text = b.random.choice(_IOI_FRAMES)
-        sentences = "two" if "." in text else "one"
         text = text.replace("{place}", b.random.choice(PLACES)).replace("{object}", b.random.choice(OBJECTS))
         first, second = b.pick(names, 2)
         both = [
-            TaskItem(
-                id="",
-                prompt=text.format(first, second, giver),
-                answer=f" {receiver}",
-                wrong=(f" {giver}",),
-                group={"template": template, "sentences": sentences},
-            )
-            for giver, receiver, template in ((second, first, "ABBA"), (first, second, "BABA"))
+            _ioi_item(text, first, second, "ABBA"),
+            _ioi_item(text, second, first, "BABA"),
         ]
-        yield replace(both[turn % 2], counterfactual=both[1 - turn % 2])
+        drawn = both[turn % 2]
+        receiver, giver, template = (drawn.attributes[name] for name in ("IO", "S", "Pos"))
+        own = Random(drawn.prompt)  # of its own, so that the items do not depend on the variants
+        others = [name for name in names if name not in (receiver, giver)]
+        variants = {
+            "IO": _ioi_item(text, own.choice(others), giver, template),
+            "S": _ioi_item(text, receiver, own.choice(others), template),
+            "Pos": _ioi_item(text, receiver, giver, "BABA" if template == "ABBA" else "ABBA"),
+        }
+        yield replace(drawn, counterfactual=both[1 - turn % 2], variants=variants)
+
+
+def _ioi_item(text: str, receiver: str, giver: str, template: str) -> TaskItem:
+    """Return the item in which `giver` gives something to `receiver`, who stands first in ABBA."""
+    first, second = (receiver, giver) if template == "ABBA" else (giver, receiver)
+    return TaskItem(
+        id="",
+        prompt=text.format(first, second, giver),
+        answer=f" {receiver}",
+        wrong=(f" {giver}",),
+        group={"template": template, "sentences": "two" if "." in text else "one"},
+        attributes={"IO": receiver, "S": giver, "Pos": template},
+    )
 
 
 _OPENINGS = ("The", "As everyone knew, the", "Last year the", "In the end, the", "We noticed that the")

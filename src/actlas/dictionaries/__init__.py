@@ -16,6 +16,15 @@ from typing import Any
 _LAZY = {
     "SAE": "sae",
     "TopKSAE": "topk",
+    "ReluSAE": "relu",
+    "BatchTopKSAE": "batch_topk",
+    "GatedSAE": "gated",
+    "JumpReluSAE": "jumprelu",
+    "MatryoshkaSAE": "matryoshka",
+    "GradientSAE": "gradient",
+    "Transcoder": "transcoder",
+    "SkipTranscoder": "transcoder",
+    "Crosscoder": "crosscoder",
     "TrainSettings": "objective",
     "train": "training",
     "Batch": "objective",
@@ -23,6 +32,8 @@ _LAZY = {
     "RowsSource": "sources",
     "StoreSource": "sources",
     "fit_sae": "fit",
+    "load_saelens": "saelens",
+    "save_saelens": "saelens",
 }
 __all__ = sorted(_LAZY)
 

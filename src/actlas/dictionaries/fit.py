@@ -31,6 +31,7 @@ HELD_OUT = 4096
 _APART = "((row // 64) % 16 = 7)"
 #: A default run is over in minutes on two cores.
 DEFAULT_TOKENS = 500_000
+DEFAULT_READ = 100_000
 
 
 @method(
@@ -74,7 +75,7 @@ def fit_sae(
         architecture: a kind: `"topk"`, `"batchtopk"`, `"relu"`, `"jumprelu"`, `"gated"`, `"matryoshka"`, ...
         width: number of features, or a multiple of the channels such as `"8x"`.
         tokens: rows to train on; default: twenty passes, at most 500,000 rows.
-        max_tokens: read at most so many tokens of the corpus.
+        max_tokens: read at most so many tokens of the corpus; default: 100,000, a few minutes on two cores.
         batch, lr, sparsity, dtype, seed: see `TrainSettings`.
         target: reconstruct this site instead (a transcoder).
         packing, context: how a corpus is cut; see `sources`.
@@ -232,6 +233,7 @@ def open_source(
         return source, None if held is None else held.sample(HELD_OUT, seed)
     if model is None:
         raise InputError("a corpus needs the model whose activations are read; give it")
+    max_tokens = DEFAULT_READ if max_tokens is None else max_tokens
     live = LiveSource(
         model,
         data,

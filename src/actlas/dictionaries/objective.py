@@ -52,7 +52,7 @@ class TrainSettings:
         tokens: rows to train on; more than the source has means several passes.
         batch: rows a step.
         lr: peak learning rate of Adam; `None`: 2e-4 / sqrt(width / 2^14) (Gao et al. 2024, section A.3),
-            times 4 for runs under 2,000 steps, which end long before the slow rate has converged.
+            times 4 for runs under 2,000 steps and 8 under 500, which end long before the slow rate converges.
         betas, eps: Adam's.
         warmup: share of the steps in which the rate rises linearly from 0.
         decay: share of the steps at the end in which it falls linearly to 0.
@@ -91,6 +91,12 @@ class TrainSettings:
         for name in ("warmup", "decay", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a share of the steps, 0 to 1")
+        if not 0 <= self.aux < float("inf"):
+            raise InputError(f"aux is {self.aux}; it must be 0 or a positive number, e.g. 0.03125")
+        for name in ("clip", "dead_after", "eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name} is {value}; it must be positive")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'")
 
@@ -109,7 +115,7 @@ class TrainSettings:
         """Return the learning rate of a step (from 0)."""
         peak = self.lr
         if peak is None:
-            peak = 2e-4 / (width / 2**14) ** 0.5 * (4 if self.steps < 2000 else 1)
+            peak = 2e-4 / (width / 2**14) ** 0.5 * (8 if self.steps < 500 else 4 if self.steps < 2000 else 1)
         rising = (step + 1) / (self.warmup * self.steps) if self.warmup > 0 else 1.0
         falling = (self.steps - step) / (self.decay * self.steps) if self.decay > 0 else 1.0
         return peak * min(1.0, rising, falling)

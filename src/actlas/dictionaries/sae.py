@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from actlas.core.codes import Codes
 from actlas.core.dictionary import Dictionary
@@ -163,7 +164,19 @@ class SAE(Dictionary):
         return torch.addmm(bias, x, self.W_enc.T)
 
     def encode_rows(self, x: Tensor) -> Codes:
-        return self.activate(self.pre(x.to(self.W_enc) * self.scale))
+        pre = self.pre(x.to(self.W_enc) * self.scale)
+        if not pre.requires_grad:
+            return self.activate(pre)
+        # Values are chosen outside of autograd; their derivative is that of the pre-activation.
+        codes = self.activate(pre.detach())
+        moving = pre.gather(1, codes.indices) * self.slope[codes.indices]
+        values = codes.values + (moving - moving.detach()) * codes.active
+        return Codes(codes.indices, values, codes.features)
+
+    @property
+    def slope(self) -> Tensor:
+        """By how much an active feature's value grows with its pre-activation, `[m]`."""
+        return torch.ones_like(self.b_enc)
 
     def decode(self, codes: Codes | Tensor) -> Tensor:
         if not isinstance(codes, Codes):
@@ -177,7 +190,11 @@ class SAE(Dictionary):
                 f"{type(self).__name__} has {self.features} features; the codes have {codes.features}"
             )
         flat = codes.flatten()
-        x = sparse_decode(flat.indices, flat.values.to(self.W_dec), self.W_dec)
+        values = flat.values.to(self.W_dec)
+        if values.requires_grad:
+            x = embedding_bag(flat.indices, self.W_dec, per_sample_weights=values, mode="sum")
+        else:
+            x = sparse_decode(flat.indices, values, self.W_dec)
         return (x + self.b_dec).reshape(*codes.shape, len(self.b_dec))
 
     def check(self) -> None:

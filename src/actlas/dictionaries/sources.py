@@ -351,6 +351,9 @@ def join_blocks(model: Model, corpus: Iterable[Any], context: int) -> list[Token
         raise ModelError(f"{model.name} has no tokenizer, so text cannot be packed into blocks")
     ids: list[int] = []
     for document in corpus:
+        if isinstance(document, TokenDocument):
+            ids += [*document.ids, tokenizer.eos_token_id]
+            continue
         text = document if isinstance(document, str) else document.text
         ids += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
     blocks = range(0, len(ids) - context + 1, context) if len(ids) >= context else range(1)

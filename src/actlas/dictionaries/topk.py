@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def check_k(k: Any, width: int) -> None:
+    """Raise InputError unless `k` is a number of features that the dictionary can have active."""
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= width:
+        raise InputError(f"k is {k!r}; it must be between 1 and the width, {width}")
+
+
 @dataclass(kw_only=True, eq=False)
 class TopKSAE(SAE):
     """A TopK autoencoder; `k` features at most are active at a token."""
@@ -43,13 +49,11 @@ class TopKSAE(SAE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.k <= self.features:
-            raise InputError(f"k is {self.k}; it must be between 1 and the width, {self.features}")
+        check_k(self.k, self.features)
 
     @classmethod
     def create(cls, site: str, d: int, width: int, *, seed: int = 0, k: int = 32, **options: Any) -> Self:
-        if not 1 <= k <= width:
-            raise InputError(f"k is {k}; it must be between 1 and the width, {width}")
+        check_k(k, width)
         return super().create(site, d, width, seed=seed, k=k, **options)
 
     def activate(self, pre: Tensor) -> Codes:
@@ -79,7 +83,7 @@ class TopKSAE(SAE):
         low = state.settings.dtype == "bfloat16"
         with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=low):
             pre = self.pre(batch.x)
-        pre = pre.float()
+        pre = pre.float() if low else pre
         codes = self.select(pre, batch)
         indices, z = codes.indices, codes.values
         error = self.decode_scaled(codes) - batch.target
@@ -89,7 +93,7 @@ class TopKSAE(SAE):
         x = batch.x - self.b_dec if self.centred else batch.x
         found = {
             "W_enc": scatter_outer(indices, dz, x, m),
-            "b_enc": torch.zeros(m, device=pre.device).index_add_(0, indices.reshape(-1), dz.reshape(-1)),
+            "b_enc": pre.new_zeros(m).index_add_(0, indices.reshape(-1), dz.reshape(-1)),
             "W_dec": scatter_outer(indices, z, g, m),
             "b_dec": g.sum(0),
         }

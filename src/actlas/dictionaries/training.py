@@ -65,6 +65,8 @@ def train(
             f"the data has {source.channels} -> {source.target_channels} channels; the autoencoder reads "
             f"{sae.channels} and writes {sae.b_dec.shape[0]}"
         )
+    if checkpoint is not None and Path(checkpoint).exists() and not Path(checkpoint).is_dir():
+        raise InputError(f"{checkpoint} is a file; a checkpoint is a folder")
     run = _Run(sae, settings)
     if checkpoint is not None and (Path(checkpoint) / "manifest.json").exists():
         run.resume(Path(checkpoint), source)

@@ -18,25 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from actlas.kernels.loading import native as _native
+from actlas.kernels.loading import threads as _threads
+
 _CHUNK = 1 << 19  # elements widened at a time: 4 MB in float64, near the size of a cache
-_MOST_THREADS = 2  # the pass is bound by memory bandwidth; more threads do not make it faster
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@lru_cache(maxsize=1)
-def _native() -> ModuleType | None:
-    try:
-        return import_module("actlas.kernels._native")
-    except ImportError:
-        return None
 
 
 def native_available() -> bool:
@@ -77,7 +69,7 @@ def accumulate(
         accumulate_reference(rows, sums, squares, absmax, fourths, thirds)
         return
     arrays = [None if t is None else t.detach().numpy() for t in (sums, squares, absmax, thirds, fourths)]
-    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    threads = _threads()
     for chunk in _float32_chunks(rows.detach()):
         native.accumulate(chunk.numpy(), *arrays, threads)
 
@@ -151,7 +143,7 @@ def log_histogram(values: Tensor, counts: Tensor, gamma: float, smallest: float)
         return
     buckets = _native_buckets(half, gamma, smallest)
     array = counts.numpy()
-    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    threads = _threads()
     for chunk in _float32_chunks(values.detach()):
         buckets.add(chunk.reshape(-1).numpy(), array, threads)
 

@@ -1,7 +1,7 @@
 """How much each section of a card may run: the one place where the card's time is planned.
 
 A bare forward pass of a model with 135 million parameters reads about 300 tokens a second on two
-cores. The quick card spends about 40,000 token passes on it, that is a little over two minutes; the
+cores. The quick card spends about 45,000 token passes on it, that is a little over two minutes; the
 full card about ten times as many. Larger models get proportionally less, down to a floor, so that the
 plan depends on the model and not on how busy the machine is: the same seed gives the same numbers.
 """
@@ -23,6 +23,8 @@ class Budget:
         task_prompts: prompts of each task, 15 to 50 tokens each.
         text_tokens: tokens for loss by kind of text, over all kinds.
         atlas_tokens: tokens read with every site of the atlas.
+        dictionary_tokens: tokens on which the dictionary of the middle layer is fitted.
+        feature_tokens: tokens on which its features are named.
         sparsity_tokens: tokens of one pass of the search for PPL-p%.
         sparsity_passes: passes of that search.
         quantize_tokens: tokens of one pass; there is one pass a number format and one without.
@@ -37,6 +39,8 @@ class Budget:
     task_prompts: int = 64
     text_tokens: int = 6144
     atlas_tokens: int = 1536
+    dictionary_tokens: int = 5120
+    feature_tokens: int = 4096
     sparsity_tokens: int = 1024
     sparsity_passes: int = 5
     quantize_tokens: int = 1024
@@ -53,6 +57,8 @@ FULL = Budget(
     task_prompts=400,
     text_tokens=65_536,
     atlas_tokens=16_384,
+    dictionary_tokens=32_768,
+    feature_tokens=32_768,
     sparsity_tokens=8192,
     sparsity_passes=16,
     quantize_tokens=16_384,
@@ -66,6 +72,8 @@ _FLOOR = Budget(
     task_prompts=30,
     text_tokens=768,
     atlas_tokens=256,
+    dictionary_tokens=1024,
+    feature_tokens=512,
     sparsity_tokens=256,
     sparsity_passes=5,
     quantize_tokens=256,

@@ -1,30 +1,16 @@
 // Python bindings of the native kernels: actlas.kernels._native.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-
-#include <optional>
-#include <stdexcept>
-#include <string>
-
+#include "bindings.hpp"
 #include "statistics.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using actlas::Vector;
 
 namespace {
 
-template <class T> using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Rows = actlas::Table<const float>;
 
 const char *const kLevelNames[] = {"baseline", "avx2", "avx512"};
-
-actlas::Level level_named(const std::string &name) {
-    for (int i = 0; i < 3; ++i)
-        if (name == kLevelNames[i]) return static_cast<actlas::Level>(i);
-    throw std::invalid_argument("level must be baseline, avx2 or avx512, not " + name);
-}
 
 double *data_of(const std::optional<Vector<double>> &vector, std::size_t d) {
     if (!vector) return nullptr;
@@ -40,7 +26,7 @@ void accumulate(Rows rows, Vector<double> sums, Vector<double> squares, Vector<d
     const std::size_t n = rows.shape(0), d = rows.shape(1);
     const actlas::Moments moments{data_of(sums, d), data_of(squares, d), data_of(absmax, d),
                                   data_of(thirds, d), data_of(fourths, d)};
-    const actlas::Level wanted = level == "best" ? actlas::best_level() : level_named(level);
+    const actlas::Level wanted = actlas::level_named(level);
     nb::gil_scoped_release released;
     actlas::accumulate(rows.data(), n, d, moments, threads, wanted);
 }
@@ -55,9 +41,16 @@ void add(const actlas::LogBuckets &buckets, Vector<const float> values, Vector<s
 
 }  // namespace
 
+actlas::Level actlas::level_named(const std::string &name) {
+    if (name == "best") return best_level();
+    for (int i = 0; i < 3; ++i)
+        if (name == kLevelNames[i]) return static_cast<Level>(i);
+    throw std::invalid_argument("level must be baseline, avx2, avx512 or best, not " + name);
+}
+
 NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);  // buckets live in a cache until the process ends
-    m.doc() = "Native kernels of Actlas; use them through actlas.kernels.statistics.";
+    m.doc() = "Native kernels of Actlas; use them through the Python files of actlas.kernels.";
     m.def("accumulate", &accumulate, "rows"_a, "sums"_a, "squares"_a, "absmax"_a, "thirds"_a.none(),
           "fourths"_a.none(), "threads"_a = 1, "level"_a = "best",
           "Add contiguous float32 rows [n, d] to float64 per-channel moments, in place.");
@@ -72,4 +65,5 @@ NB_MODULE(_native, m) {
              "edges"_a, "Buckets with increasing upper edges, float32 [B + 1].")
         .def("add", &add, "values"_a, "counts"_a, "threads"_a = 1,
              "Count float32 values into int64 counts [2B + 1], in place.");
+    actlas::bind_sparse_codes(m);
 }

@@ -1,16 +1,7 @@
 #include "statistics.hpp"
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <functional>
 #include <limits>
-#include <system_error>
-#include <thread>
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define ACTLAS_X86 1
-#endif
 
 namespace actlas {
 namespace {
@@ -110,8 +101,8 @@ using Loop = void (*)(const float *, std::size_t, std::size_t, std::size_t, std:
 
 ACTLAS_LOOPS(baseline, 2, )
 #ifdef ACTLAS_X86
-ACTLAS_LOOPS(avx2, 4, __attribute__((target("avx2,fma"))))
-ACTLAS_LOOPS(avx512, 8, __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"))))
+ACTLAS_LOOPS(avx2, 4, ACTLAS_AVX2)
+ACTLAS_LOOPS(avx512, 8, ACTLAS_AVX512)
 #endif
 
 Loop loop_for(Level level, bool higher) {
@@ -121,22 +112,6 @@ Loop loop_for(Level level, bool higher) {
     if (level == Level::avx2) return higher ? avx2_four : avx2_two;
 #endif
     return higher ? baseline_four : baseline_two;
-}
-
-// Runs work(0) ... work(parts - 1), the first of them in this thread, and those for which the system
-// grants no thread too.
-template <class Work> void run_parts(std::size_t parts, const Work &work) {
-    std::vector<std::thread> others;
-    others.reserve(parts);
-    for (std::size_t i = 1; i < parts; ++i) {
-        try {
-            others.emplace_back(std::cref(work), i);
-        } catch (const std::system_error &) {
-            work(i);
-        }
-    }
-    work(0);
-    for (auto &thread : others) thread.join();
 }
 
 constexpr int kCellShift = 16;  // leading 15 bits of |x|: the exponent and 7 of the mantissa
@@ -149,7 +124,7 @@ Level best_level() {
     static const Level level = [] {
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
         return avx512 ? Level::avx512 : avx2 ? Level::avx2 : Level::baseline;
     }();
     return level;

@@ -1,20 +1,9 @@
 // Streaming statistics of activations: the loops. See statistics.py for what they compute and why.
-//
-// The loops are written once with GCC/Clang vector extensions and compiled for several instruction
-// sets; the best one that the processor has is chosen at run time. On other architectures (aarch64 with
-// NEON) the baseline build is the only one.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-#include <vector>
+#include "common.hpp"
 
 namespace actlas {
-
-enum class Level { baseline = 0, avx2 = 1, avx512 = 2 };
-
-// The best level that this processor and this build have.
-Level best_level();
 
 // Power sums of channels; `thirds` and `fourths` may be null.
 struct Moments {

@@ -10,10 +10,11 @@ Model is the one in training: measure it before the next step is asked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from actlas.core.model import Model
 from actlas.core.progress import progress
@@ -65,7 +66,14 @@ def byte_model(activation: str, seed: int, *, width: int = 96, layers: int = 3) 
 
 
 def train_checkpoints(
-    texts: str, *, activation: str, checkpoints: Sequence[int], seed: int = 0, **sizes: int
+    texts: str,
+    *,
+    activation: str,
+    checkpoints: Sequence[int],
+    seed: int = 0,
+    model: Model | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    **sizes: int,
 ) -> Iterator[tuple[int, Model]]:
     """Train on random windows of a text; yield (steps done, model) at each checkpoint.
 
@@ -76,9 +84,11 @@ def train_checkpoints(
         activation: see `byte_model`.
         checkpoints: rising numbers of steps, each of `STEP_BYTES` bytes.
         seed: seed of weights and windows.
+        model: a byte-level model to train on instead of a fresh `byte_model`.
+        penalty: what is added to the loss after each forward pass, from the module.
         sizes: `width`, `layers`.
     """
-    model = byte_model(activation, seed, **sizes)
+    model = model or byte_model(activation, seed, **sizes)
     data = torch.tensor(byte_tokenizer()(texts, verbose=False)["input_ids"])
     generator = torch.Generator().manual_seed(seed)
     module = model.module
@@ -92,7 +102,8 @@ def train_checkpoints(
                 starts = torch.randint(len(data) - CONTEXT, (BATCH,), generator=generator)
                 batch = torch.stack([data[s : s + CONTEXT] for s in starts.tolist()])
                 optimiser.zero_grad()
-                module(input_ids=batch, labels=batch).loss.backward()
+                loss = module(input_ids=batch, labels=batch).loss
+                (loss if penalty is None else loss + penalty(module)).backward()
                 torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimiser.step()
                 warm.step()

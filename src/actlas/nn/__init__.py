@@ -1,0 +1,33 @@
+"""Building blocks: modules to train with, or to swap into a model that exists.
+
+    from actlas.nn import MoEX
+    block = MoEX(d=96, hidden=192, experts=8, top_k=2)
+    y = block(x)
+    loss = loss + 0.01 * balance_loss(model)
+
+| file | what |
+| --- | --- |
+| `experts` | what all mixtures of experts share: weights, dispatch, features, the balance loss |
+| `sparsity_router` | the router without weights of its own: to the experts predicted to be sparsest |
+| `moe_x` | MoE-X: ReLU experts behind that router |
+| `switch` | the baseline: a learned router |
+| `wide_view` | a mixture of experts as a dictionary |
+"""
+
+from __future__ import annotations
+
+from actlas.nn.experts import MixtureOfExperts, Routing, balance_loss
+from actlas.nn.moe_x import MoEX
+from actlas.nn.sparsity_router import SparsityRouter
+from actlas.nn.switch import SwitchMoE
+from actlas.nn.wide_view import ExpertDictionary
+
+__all__ = [
+    "ExpertDictionary",
+    "MixtureOfExperts",
+    "MoEX",
+    "Routing",
+    "SparsityRouter",
+    "SwitchMoE",
+    "balance_loss",
+]

@@ -1,0 +1,100 @@
+"""All shards of a store as one matrix, so that a batch drawn from thousands of shards is one gather.
+
+Each shard's file is mapped where the operating system likes. A tensor that stands n elements above the
+lowest of these addresses is element n of one long array, whatever lies between the files, so a row is
+found by one number:
+
+    offset(row) = start(shard) + (row - first(shard)) * channels
+
+and rows are taken out of the view `array[offset : offset + channels]` by `gather_rows`. Only offsets of
+rows that are there are ever used; the array is never read as a whole and never leaves this module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actlas.kernels.gather import gather_rows
+from actlas.store.layout import SCALE, Piece
+
+_AHEAD = 64  # batches whose offsets are computed at once
+
+
+class Matrix:
+    """One tensor of a store, through all shards.
+
+    Args:
+        files: the mapped file of each shard.
+        pieces: where the tensor lies in each.
+        firsts: int64 `[shards]`, the first row of each.
+        scales: where the factors of the rows lie, for int8.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Any],
+        pieces: Sequence[Piece],
+        firsts: Tensor,
+        scales: Sequence[Piece] | None = None,
+    ) -> None:
+        self.columns = pieces[0].columns
+        self._files, self._firsts = files, firsts
+        size = pieces[0].dtype.itemsize
+        starts = [file.data_ptr() + piece.offset for file, piece in zip(files, pieces, strict=True)]
+        low, high = min(starts), max(s + p.rows * p.row_bytes for s, p in zip(starts, pieces, strict=True))
+        self._memory = (ctypes.c_char * (high - low)).from_address(low)
+        whole = torch.frombuffer(self._memory, dtype=pieces[0].dtype)
+        self._view = whole.as_strided((len(whole) - self.columns + 1, self.columns), (1, 1))
+        at = torch.tensor([(start - low) // size for start in starts], dtype=torch.int64)
+        self._shift = at - firsts * self.columns
+        self._scales = None if scales is None else Matrix(files, scales, firsts)
+
+    def offsets(self, rows: Tensor) -> Tensor:
+        """Return where rows begin, int64 `[n]`."""
+        shard = torch.searchsorted(self._firsts, rows, right=True) - 1
+        return self._shift[shard] + rows * self.columns
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return rows as float32 `[n, columns]`; they must be there."""
+        return next(self.batches(rows, len(rows)), torch.empty(0, self.columns))
+
+    def batches(self, rows: Tensor, size: int) -> Iterator[Tensor]:
+        """Yield rows as float32, `size` at a time."""
+        if not len(rows):
+            return
+        for block in rows.split(size * _AHEAD):
+            scales = None if self._scales is None else self._scales.batches(block, size)
+            for part in self.offsets(block).split(size):
+                found = gather_rows(self._view, part)
+                yield found if scales is None else found.mul_(next(scales))
+
+
+class Files:
+    """The mapped files of a snapshot.
+
+    Args:
+        paths: the shards' files.
+        pieces: the tensors of each, by name.
+        firsts: the first row of each.
+    """
+
+    def __init__(self, paths: Sequence[Path], pieces: Sequence[dict[str, Piece]], firsts: Tensor) -> None:
+        # Private maps: nothing that is done to a tensor reaches a file.
+        self._maps = [torch.UntypedStorage.from_file(str(path), False, path.stat().st_size) for path in paths]
+        self._pieces, self._firsts = pieces, firsts
+        self._matrices: dict[str, Matrix] = {}
+
+    def __getitem__(self, name: str) -> Matrix:
+        """Return one of the tensors, through all shards."""
+        if name not in self._matrices:
+            scaled = name + SCALE in self._pieces[0]
+            scales = [found[name + SCALE] for found in self._pieces] if scaled else None
+            tensors = [found[name] for found in self._pieces]
+            self._matrices[name] = Matrix(self._maps, tensors, self._firsts, scales)
+        return self._matrices[name]
