@@ -139,17 +139,21 @@ def draw(plot: Plot) -> str:
     import altair as alt
     import vl_convert
 
+    fields = dict.fromkeys([plot.x, plot.y, *([plot.color] if plot.color else [])])
+    names = {column: f"c{i}" for i, column in enumerate(fields)}  # Vega parses names: dots, quotes, brackets
+
     def axis(column: str, letter: str) -> alt.X | alt.Y:
         numbers = all(isinstance(r[column], (int, float)) for r in plot.rows)
         log = letter in plot.log
         scale = alt.Scale(type="log", nice=False, padding=8) if log else alt.Scale(zero=False)
         kind = alt.X if letter == "x" else alt.Y
         if not numbers:
-            return kind(column, type="nominal", title=column, sort=None)
+            return kind(names[column], type="nominal", title=column, sort=None)
         ticks = alt.Axis(tickCount=5) if log else alt.Axis()
-        return kind(column, type="quantitative", title=column, scale=scale, axis=ticks)
+        return kind(names[column], type="quantitative", title=column, scale=scale, axis=ticks)
 
-    chart = alt.Chart(alt.Data(values=plot.rows), title=plot.title, width=420, height=220)
+    rows = [{names[c]: row[c] for c in fields} for row in plot.rows]
+    chart = alt.Chart(alt.Data(values=rows), title=plot.title, width=420, height=220)
     marked = {
         "line": chart.mark_line(point=True),
         "point": chart.mark_circle(size=60),
@@ -157,7 +161,7 @@ def draw(plot: Plot) -> str:
     }[plot.mark]
     channels = [axis(plot.x, "x"), axis(plot.y, "y")]
     if plot.color:
-        channels.append(alt.Color(plot.color, type="nominal", sort=None))
+        channels.append(alt.Color(names[plot.color], type="nominal", title=plot.color, sort=None))
     return str(vl_convert.vegalite_to_svg(marked.encode(*channels).to_dict()))
 
 

@@ -3,7 +3,7 @@
 namespace actlas {
 namespace {
 
-constexpr std::size_t kAhead = 6;  // rows fetched ahead, to hide the latency of memory
+constexpr std::size_t kAhead = 4;  // rows fetched ahead, to hide the latency of memory
 constexpr std::size_t kLine = 64;
 
 template <std::size_t lanes> ACTLAS_INLINE void widen(typename Vec<lanes>::Floats &v, const float *from) {
