@@ -33,6 +33,7 @@ COMMANDS = {
     "features": "Show what the features of a dictionary mean.",
     "evaluate": "Judge a dictionary, beside untrained ones of equal size.",
     "judge": "Judge a dictionary on a task whose variables are known.",
+    "convert": "Turn a SAELens folder into a lens, or a lens into a SAELens folder.",
     "methods": "List the methods that can be fitted.",
     "papers": "List the papers that Actlas rests on, and what came out here.",
     "reproduce": "Test a paper's claim here and judge it.",

@@ -28,7 +28,8 @@ SITE = "blocks.15.resid_post"
 def judge(m: Measured) -> list[Check]:
     """Central, for reading without and with the gradient: the best beta above 0 is chosen on one half of the
     held-out documents, and on the other half the model's loss with the reconstruction in place is lower
-    than at beta 0, with an interval over seeds and documents that lies wholly below 0 (failed otherwise).
+    than at beta 0, with an interval over seeds and documents that lies wholly below 0. It fails if the
+    interval lies above 0; one that covers 0 leaves the question open, as everywhere here.
     Also, at the beta chosen for plain reading: fewer features never fire (interval over seeds below 0), and
     a push of one norm along a feature moves the logits further than along a feature of beta 0 that fires as
     often (interval over features above 0).
@@ -36,9 +37,9 @@ def judge(m: Measured) -> list[Check]:
     checks = []
     for reading, said in READINGS.items():
         found = m.get(CHOSEN, reading=reading)
-        passed = None if found is None else found.high is not None and found.high < 0
-        text = "not measured" if found is None else f"{found} at beta {found.details['beta']}; wanted below 0"
-        checks.append(Check(f"a lower loss than TopK, read by {said}", passed, text, central=True))
+        chosen = "" if found is None else f", beta {found.details['beta']}"
+        name = f"a lower loss than TopK, read by {said}{chosen}"
+        checks.append(Check.below(name, found, 0.0, central=True))
     dead = m.get("dead features over beta 0, chosen beta")
     push = m.get("logit change over beta 0's features")
     checks.append(Check.below("fewer features never fire", dead, 0.0))
