@@ -27,7 +27,7 @@ from actlas.core.lens import Lens
 from actlas.core.model import Model
 from actlas.core.pca import PCA
 from actlas.dictionaries import RowsSource, TrainSettings, fit_sae, train
-from actlas.dictionaries.evaluation.controls import Directions
+from actlas.dictionaries.evaluation.controls import UnitDirections
 from actlas.dictionaries.itda import fit_itda
 from actlas.dictionaries.sae import SAE, architecture
 from actlas.dictionaries.supervised import fit_supervised
@@ -59,7 +59,7 @@ def supervised() -> Dictionary:
 MAKERS: dict[str, Callable[[], Dictionary]] = {
     **{kind: lambda kind=kind: an_sae(kind) for kind in SAES},  # type: ignore[misc]
     "itda": lambda: fit_itda(None, rows(), SITE, k=4),
-    "directions": lambda: Directions(site=SITE, directions=torch.eye(D), centre=torch.zeros(D), k=4),
+    "directions": lambda: UnitDirections(site=SITE, directions=torch.eye(D), centre=torch.zeros(D), k=4),
     "supervised": supervised,
 }
 
@@ -241,7 +241,7 @@ def test_a_lens_of_another_kind_is_no_dictionary(toy: Model, tmp_path: Path) -> 
 
 
 def test_two_substitutions_at_one_site_apply_one_after_the_other(lens: Dictionary, toy: Model) -> None:
-    second = Directions(site=SITE, directions=torch.eye(D)[:8], centre=torch.zeros(D), k=3)
+    second = UnitDirections(site=SITE, directions=torch.eye(D)[:8], centre=torch.zeros(D), k=3)
     ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(3))
     plain = toy.trace(ids, SITE)[SITE]
     expected = second.reconstruct(lens.reconstruct(plain))

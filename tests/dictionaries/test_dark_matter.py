@@ -14,7 +14,7 @@ from actlas.core.dictionary import Dictionary
 from actlas.core.errors import InputError, ShapeError
 from actlas.dictionaries.dark_matter import error_decomposition, token_means
 from actlas.dictionaries.dark_matter_effects import downstream_recovery, error_scaling, same_tokens
-from actlas.dictionaries.evaluation import Directions, Sample
+from actlas.dictionaries.evaluation import UnitDirections, Sample
 from actlas.dictionaries.itda import fit_itda
 from tests.measure.letter_models import TEXTS, trained
 
@@ -50,10 +50,10 @@ def sample(n: int = 300, documents: int = 10, d: int = D, seed: int = 0) -> Samp
     return Sample(x, np.arange(n) * documents // n, token, torch.arange(n))
 
 
-def some_directions(k: int = 2, m: int = 20, d: int = D) -> Directions:
+def some_directions(k: int = 2, m: int = 20, d: int = D) -> UnitDirections:
     g = torch.Generator().manual_seed(5)
     unit = torch.nn.functional.normalize(torch.randn(m, d, generator=g), dim=1)
-    return Directions(site="s", directions=unit, centre=torch.full((d,), 1.0), k=k)
+    return UnitDirections(site="s", directions=unit, centre=torch.full((d,), 1.0), k=k)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -13,7 +13,7 @@ from actlas.core.errors import FingerprintError, InputError, ShapeError
 from actlas.dictionaries.dark_matter import error_decomposition
 from actlas.dictionaries.evaluation import (
     PARTS,
-    Directions,
+    UnitDirections,
     Offset,
     Sample,
     control_dictionaries,
@@ -37,8 +37,8 @@ def unit(m: int, d: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(m, d, generator=g), dim=1)
 
 
-def lens_of(m: int = 24, d: int = 16, k: int = 3, site: str = SITE, seed: int = 0, **more) -> Directions:
-    return Directions(site=site, directions=unit(m, d, seed), centre=torch.full((d,), 0.1), k=k, **more)
+def lens_of(m: int = 24, d: int = 16, k: int = 3, site: str = SITE, seed: int = 0, **more) -> UnitDirections:
+    return UnitDirections(site=site, directions=unit(m, d, seed), centre=torch.full((d,), 0.1), k=k, **more)
 
 
 def sample(n: int = 200, d: int = 16, documents: int = 8) -> Sample:
@@ -122,7 +122,7 @@ def test_a_site_inside_a_block_is_scored_too():
 def test_a_perfect_dictionary_recovers_all_and_the_mean_recovers_nothing():
     model = trained()
     basis = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
-    perfect = Directions(site=SITE, directions=basis, centre=torch.zeros(16), k=16)
+    perfect = UnitDirections(site=SITE, directions=basis, centre=torch.zeros(16), k=16)
     mean = Offset(site=SITE, centre=torch.zeros(16)).substitute()
     variants = {
         "perfect": perfect.substitute(),
@@ -224,7 +224,7 @@ def test_samples_split_by_document():
 def test_similarity_of_dictionaries():
     a = lens_of(m=20)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    b = Directions(site=SITE, directions=a.atoms[order], centre=torch.zeros(16), k=3)
+    b = UnitDirections(site=SITE, directions=a.atoms[order], centre=torch.zeros(16), k=3)
     same = values(dictionary_similarity(a, b, matching=True), direction="a in b")
     found = dictionary_similarity(a, b, matching=True)
     mmcs = [m for m in found if m.name == "mmcs" and m.group["against"] == "the other dictionary"]

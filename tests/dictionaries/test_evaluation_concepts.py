@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from actlas.core.errors import InputError, ModelError
 from actlas.core.model import Model
-from actlas.dictionaries.evaluation import Directions, first_letter
+from actlas.dictionaries.evaluation import UnitDirections, first_letter
 from actlas.dictionaries.evaluation.differences import over_controls
 from actlas.dictionaries.evaluation.first_letter import (
     absorption,
@@ -27,7 +27,7 @@ from tests.measure import small_models
 
 D, M = 24, 12
 BASIS = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0))).Q[:M]
-LENS = Directions(site="s", directions=BASIS, centre=torch.zeros(D), k=M)
+LENS = UnitDirections(site="s", directions=BASIS, centre=torch.zeros(D), k=M)
 
 
 def planted(labels: np.ndarray, codes: np.ndarray, noise: float = 0.1) -> Pooled:
@@ -72,7 +72,7 @@ def test_switching_off_pooled_codes_is_switching_them_off_at_every_token():
     model = tiny()
     site = "blocks.1.resid_post"
     unit = F.normalize(torch.randn(20, 32, generator=torch.Generator().manual_seed(1)), dim=1)
-    lens = Directions(site=site, directions=unit, centre=torch.zeros(32), k=4)
+    lens = UnitDirections(site=site, directions=unit, centre=torch.zeros(32), k=4)
     texts = [(t, "x") for t in TEXTS]
     pooled = pool_texts(model, texts, {"own": lens}, tokens=64)
     off = np.array([2, 7, 11])
@@ -132,7 +132,7 @@ def test_absorption_by_cases(projection, z, cosines, whole, expected):
     assert made == (pytest.approx(expected[0]), expected[1])
 
 
-def words(absorbed: bool = False, split: bool = False) -> tuple[Words, Directions]:
+def words(absorbed: bool = False, split: bool = False) -> tuple[Words, UnitDirections]:
     """Two letters, 40 words each; letter b is feature 1 (or 1 and 2), unless another feature absorbs it."""
     n = 80
     letter = np.arange(n) % 2
@@ -147,7 +147,7 @@ def words(absorbed: bool = False, split: bool = False) -> tuple[Words, Direction
         directions[3] = F.normalize(BASIS[1] + 0.5 * BASIS[3], dim=0)
         codes[own[::4], 1], codes[own[::4], 3] = 0.0, 2.2
     codes[:, 5] = torch.rand(n, generator=torch.Generator().manual_seed(0)) * 0.2
-    lens = Directions(site="s", directions=directions, centre=torch.zeros(D), k=2)
+    lens = UnitDirections(site="s", directions=directions, centre=torch.zeros(D), k=2)
     train = np.random.default_rng(0).permutation(n) < 50
     return Words(codes @ directions, letter, train, tuple(map(str, range(n)))), lens
 
@@ -202,7 +202,7 @@ def test_words_are_read_where_they_stand():
         row = model.trace(torch.tensor([ids]), site)[site][0, -1]
         torch.testing.assert_close(read.x[i], row, atol=1e-4, rtol=1e-4)
     unit = F.normalize(torch.randn(40, 32, generator=torch.Generator().manual_seed(1)), dim=1)
-    lens = Directions(site=site, directions=unit, centre=torch.zeros(32), k=4)
+    lens = UnitDirections(site=site, directions=unit, centre=torch.zeros(32), k=4)
     found = by_name(first_letter(model, {"own": lens}, per_letter=9, examples=1), dictionary="own")
     assert found["first_letter_probe_f1"].n == len(set(read.letter.tolist()))
     again = read_words(model, site, per_letter=9, examples=1, seed=2)
@@ -218,7 +218,7 @@ def test_labelled_sets_at_hand():
     corners = review_corners(model, per_corner=10)
     assert len({(a, b) for _, a, b in corners}) == 4 and len(corners) == 40
     unit = F.normalize(torch.randn(40, 32, generator=torch.Generator().manual_seed(1)), dim=1)
-    lens = Directions(site="blocks.1.resid_post", directions=unit, centre=torch.zeros(32), k=4)
+    lens = UnitDirections(site="blocks.1.resid_post", directions=unit, centre=torch.zeros(32), k=4)
     found = sparse_probing(model, sets["domain"], {"own": lens}, dataset="domain")
     names = {m.name for m in found}
     assert {"sae_top_1_test_accuracy", "llm_top_5_test_accuracy", "llm_test_accuracy"} <= names

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actlas.core.errors import InputError, ShapeError
-from actlas.dictionaries.evaluation import Directions
+from actlas.dictionaries.evaluation import UnitDirections
 from actlas.dictionaries.solvers import gradient_pursuit, orthogonal_matching_pursuit, pursue
 
 
@@ -119,7 +119,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_a_dictionary_is_pursued_around_its_offset_at_its_own_l0():
     x, atoms = problem(n=20)
-    lens = Directions(site="s", directions=atoms.float(), centre=torch.full((12,), 3.0), k=4)
+    lens = UnitDirections(site="s", directions=atoms.float(), centre=torch.full((12,), 3.0), k=4)
     rows = (x + 3).float()
     codes = pursue(lens, rows)
     torch.testing.assert_close(codes.dense(), gradient_pursuit(x.float(), atoms.float(), lens.encode(rows).l0).dense(), atol=1e-5, rtol=1e-4)  # fmt: skip
@@ -139,6 +139,6 @@ def test_bad_input():
         orthogonal_matching_pursuit(x, atoms, 13)
     with pytest.raises(InputError, match="atom 2 is zero"):
         orthogonal_matching_pursuit(x, atoms * (torch.arange(30) != 2)[:, None], 3)
-    lens = Directions(site="s", directions=atoms.float(), centre=torch.zeros(12), k=4)
+    lens = UnitDirections(site="s", directions=atoms.float(), centre=torch.zeros(12), k=4)
     with pytest.raises(ShapeError, match="rows"):
         pursue(lens, x.float().reshape(2, 20, 12))

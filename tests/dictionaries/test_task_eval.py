@@ -15,7 +15,7 @@ from actlas.core.errors import FingerprintError, InputError
 from actlas.core.pca import PCA
 from actlas.data import TaskItem, task
 from actlas.dictionaries.attribute_f1 import attribute_f1
-from actlas.dictionaries.evaluation.controls import Directions, Offset
+from actlas.dictionaries.evaluation.controls import UnitDirections, Offset
 from actlas.dictionaries.occlusion import occlusion, over_splitting
 from actlas.dictionaries.task_eval import SHORT, TaskReport, dictionary_task_eval
 from actlas.dictionaries.task_measures import parts_of_value, share_measure, structure_measures
@@ -43,7 +43,7 @@ def report(kind: str) -> TaskReport:
     centre = TaskRuns(reader(), items[:100], SITE).values[SITE].mean(0)
     dictionary = {
         # 32 orthonormal atoms read with 32 steps: nothing is lost
-        "whole": Directions(site=SITE, directions=torch.eye(32), centre=centre, k=32),
+        "whole": UnitDirections(site=SITE, directions=torch.eye(32), centre=centre, k=32),
         "empty": Offset(site=SITE, centre=centre),
         "none": None,
     }[kind]
@@ -183,7 +183,7 @@ def test_bad_input() -> None:
         dictionary_task_eval(model, None, items, site=SITE, test=50)
     with pytest.raises(InputError, match="no prompt has the change 'Poss'"):
         dictionary_task_eval(model, None, items, site=SITE, test=20, changes=("Poss",))
-    wrong = Directions(site=SITE, directions=torch.eye(7), centre=torch.zeros(7), k=2)
+    wrong = UnitDirections(site=SITE, directions=torch.eye(7), centre=torch.zeros(7), k=2)
     with pytest.raises(InputError, match="reads 7 channels"):
         dictionary_task_eval(model, wrong, items, test=20)
     pca = PCA(
@@ -191,7 +191,7 @@ def test_bad_input() -> None:
     )  # fmt: skip
     with pytest.raises(InputError, match="a PCA is no dictionary"):
         dictionary_task_eval(model, pca, items, test=20)  # type: ignore[arg-type]
-    foreign = Directions(
+    foreign = UnitDirections(
         site=SITE, directions=torch.eye(32), centre=torch.zeros(32), fingerprint=BY_NAME["gpt2"].model().fingerprint
     )  # fmt: skip
     with pytest.raises(FingerprintError):

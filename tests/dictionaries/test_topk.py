@@ -21,17 +21,21 @@ def state(sae: SAE, dead: list[int] | None = None, **options: object) -> TrainSt
     return TrainState(TrainSettings(tokens=1000, batch=16, **options), fired)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("norm", ["unit", "free"])
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("dead", [[], [0, 3], list(range(20))])
-def test_sparse_gradients_are_autograds(centred: bool, dead: list[int]) -> None:
+def test_sparse_gradients_are_autograds(centred: bool, dead: list[int], norm: str) -> None:
     g = torch.Generator().manual_seed(0)
     sae = replace(
         TopKSAE.create("s", 12, 24, k=4, seed=3), centred=centred,
         b_dec=0.3 * torch.randn(12, generator=g), b_enc=0.2 * torch.randn(24, generator=g),
     )  # fmt: skip
     batch = Batch(torch.randn(16, 12, generator=g))
-    dense_objective, dense = SAE.gradients(sae, batch, state(sae, dead))
-    objective, sparse = sae.gradients(batch, state(sae, dead))
+    if norm == "free":
+        sae.W_dec *= 0.5 + torch.rand(24, 1, generator=g)
+    now = state(sae, dead, decoder_norm=norm)
+    dense_objective, dense = SAE.gradients(sae, batch, now)
+    objective, sparse = sae.gradients(batch, now)
     torch.testing.assert_close(objective.loss, dense_objective.loss.detach())
     for name in sae.trainable:
         torch.testing.assert_close(sparse[name], dense[name], atol=1e-5, rtol=1e-4, msg=name)
@@ -68,6 +72,40 @@ def test_known_features_are_found() -> None:
     assert float(best.mean()) > 0.9 > float((truth @ random.T).max(1).values.mean()) + 0.2
 
 
+def test_free_norms_are_folded_at_the_end() -> None:
+    rows, _ = sparse_rows(2000, 24, 40, 2)
+    sae = TopKSAE.create("s", 24, 60, k=3, seed=0)
+    settings = TrainSettings(tokens=40_000, batch=256, lr=3e-3, decoder_norm="free")
+    train(sae, RowsSource(rows), settings, show=False)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(60))
+    unit = TopKSAE.create("s", 24, 60, k=3, seed=0)
+    train(unit, RowsSource(rows), TrainSettings(tokens=40_000, batch=256, lr=3e-3), show=False)
+    errors = [float((lens.reconstruct(rows) - rows).square().sum()) for lens in (sae, unit)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.3)
+
+
+def test_folding_changes_no_reconstruction() -> None:
+    g = torch.Generator().manual_seed(0)
+    sae = TopKSAE.create("s", 12, 24, k=4, seed=3)
+    sae.W_dec *= 0.5 + torch.rand(24, 1, generator=g)
+    x = torch.randn(16, 12, generator=g)
+    now = state(sae, decoder_norm="free")
+    norms = sae.W_dec.norm(dim=1)
+    pre = sae.pre(x)
+    z = torch.zeros_like(pre).scatter(1, (pre * norms).topk(4).indices, 1.0) * pre.relu()
+    expected = z @ sae.W_dec + sae.b_dec
+    sae.finish(now)
+    torch.testing.assert_close(sae.reconstruct(x), expected)
+
+
+def test_free_norms_are_for_topk_only() -> None:
+    from actlas.dictionaries import fit_sae
+
+    rows, _ = sparse_rows(200, 24, 40, 2)
+    with pytest.raises(InputError, match="decoder_norm='free' is for topk; relu"):
+        fit_sae(None, rows, "s", architecture="relu", width=30, decoder_norm="free", tokens=100, batch=50)
+
+
 def test_bfloat16_training_stays_close() -> None:
     rows, _ = sparse_rows(2000, 24, 40, 2)
     errors = []
@@ -76,7 +114,7 @@ def test_bfloat16_training_stays_close() -> None:
         settings = TrainSettings(tokens=20_000, batch=256, lr=3e-3, dtype=dtype)  # type: ignore[arg-type]
         train(sae, RowsSource(rows), settings, show=False)
         errors.append(float((sae.reconstruct(rows) - rows).square().sum()))
-    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
 def test_bad_k() -> None:

@@ -271,14 +271,17 @@ def test_what_does_not_fit_is_refused(do, words):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("relu", [True, False])
-def test_encode_topk_chooses_as_the_whole_product_does(precision, relu, monkeypatch):
+@pytest.mark.parametrize("scaled", [True, False])
+def test_encode_topk_chooses_as_the_whole_product_does(precision, relu, scaled, monkeypatch):
     monkeypatch.setattr(encode, "_CHUNK", 7 * 400)  # several chunks, the last one short
     g = generator(9)
     x, weight, bias = (torch.randn(*s, generator=g) for s in ((40, 24), (400, 24), (400,)))
     x[3] = 0  # everything hangs on the bias
     bias[5:9] = bias.max() + 1  # ties at x = 0
-    values, indices = encode_topk(x, weight, bias, 11, relu=relu, precision=precision)
-    expected = encode_topk_reference(x.double(), weight.double(), bias.double(), 11, relu=relu)
+    scale = 0.5 + torch.rand(400, generator=g) if scaled else None
+    values, indices = encode_topk(x, weight, bias, 11, scale=scale, relu=relu, precision=precision)
+    double = None if scale is None else scale.double()
+    expected = encode_topk_reference(x.double(), weight.double(), bias.double(), 11, scale=double, relu=relu)
     assert torch.equal(indices, expected[1])
     torch.testing.assert_close(values.double(), expected[0], rtol=1e-5, atol=1e-5)
 

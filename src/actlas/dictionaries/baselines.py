@@ -30,7 +30,7 @@ from actlas.core.lens import check_finite
 from actlas.core.methods import method
 from actlas.core.pca import PCA
 from actlas.dictionaries.dense import codes_of
-from actlas.dictionaries.evaluation.controls import Directions, control_dictionaries
+from actlas.dictionaries.evaluation.controls import UnitDirections, control_dictionaries
 from actlas.dictionaries.fit import open_source, quality
 from actlas.dictionaries.objective import Batch
 from actlas.dictionaries.sae import parse_width
@@ -133,7 +133,7 @@ def pca_dictionary(pca: PCA, k: int | None = None) -> Dictionary:
     k = pca.features if k is None else k
     if not 1 <= k <= pca.features:
         raise InputError(f"k is {k}; it must be between 1 and the {pca.features} components")
-    return Directions(  # the atoms are orthogonal, so k steps of matching pursuit give all k coordinates
+    return UnitDirections(  # the atoms are orthogonal, so k steps of matching pursuit give all k coordinates
         site=pca.site,
         heads=pca.heads,
         fingerprint=pca.fingerprint,

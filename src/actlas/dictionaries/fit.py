@@ -58,7 +58,7 @@ def fit_sae(
     target: str | None = None,
     packing: Packing = "document",
     context: int | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
     checkpoint: str | None = None,
     seed: int = 0,
     **options: Any,

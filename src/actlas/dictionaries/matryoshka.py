@@ -100,7 +100,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             found["b_dec"] -= found["b_enc"] @ self.W_enc
         parts = {}
         if state.settings.aux and bool(state.dead.any()):
-            auxiliary = self._auxiliary_gradients(batch, pre, -error, state, found)
+            auxiliary = self._auxiliary_gradients(batch, -error, state, found)
             loss, parts = loss + state.settings.aux * auxiliary, {"aux": float(auxiliary)}
         self.follow(codes, state)
         return Objective(loss, error.square().sum(), codes, parts), self.constrain(found)

@@ -63,7 +63,13 @@ class TrainSettings:
         dead_after: rows without firing after which a feature counts as dead; `None`: a twentieth of all
             rows, at least 10 batches and at most 10 million.
         clip: largest global norm of the gradient; `None` for no limit.
-        dtype: `"float32"`, or `"bfloat16"` for the encoder's product in mixed precision.
+        dtype: of the encoder's product: `"float32"`, `"bfloat16"`, or `"auto"`: bfloat16 where the processor
+            is faster with it and the values can still be exact (TopK on a CPU: candidates are found in
+            bfloat16, their values and the choice are float32's), float32 elsewhere.
+        decoder_norm: `"unit"`: atoms are brought back to unit norm after every step, and the part of the
+            gradient along them is left out (Gao et al. 2024). `"free"`: norms move while training, features
+            compete by value times norm, and norms are folded into the encoder at the end (SAELens's way;
+            TopK only). Features have unit norm afterwards either way.
         seed: of initial weights and of the order of rows.
     """
 
@@ -79,7 +85,8 @@ class TrainSettings:
     aux: float = 1 / 32
     dead_after: int | None = None
     clip: float | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    decoder_norm: Literal["unit", "free"] = "unit"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,8 +104,10 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"{name} is {value}; it must be positive")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32' or 'bfloat16'")
+        if self.decoder_norm not in ("unit", "free"):
+            raise InputError(f"decoder_norm is {self.decoder_norm!r}; it must be 'unit' or 'free'")
 
     @property
     def steps(self) -> int:

@@ -119,7 +119,8 @@ class SAE(Dictionary):
         whole = {
             n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found, strict=True)
         }
-        return replace(objective, loss=objective.loss.detach()), self.constrain(whole)
+        free = state.settings.decoder_norm == "free"
+        return replace(objective, loss=objective.loss.detach()), whole if free else self.constrain(whole)
 
     def constrain(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take out of the decoder's gradient what would only change the atoms' norms."""

@@ -28,7 +28,8 @@ from actlas.core.codes import Codes
 from actlas.core.errors import InputError
 from actlas.dictionaries.objective import Batch, Objective, TrainState
 from actlas.dictionaries.sae import SAE
-from actlas.kernels.sparse_codes import gather_dot, scatter_outer, topk
+from actlas.kernels.encode import Precision, bfloat16_is_fast, encode_topk
+from actlas.kernels.sparse_codes import gather_dot, scatter_outer, sparse_decode, topk
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,7 +68,8 @@ class TopKSAE(SAE):
     def objective(self, batch: Batch, state: TrainState) -> Objective:
         """The dense form of the loss, for devices and kinds without sparse kernels."""
         pre = self.pre(batch.x)
-        chosen = self.select(pre.detach(), batch)
+        ranked = pre.detach() * self.W_dec.detach().norm(dim=1) if _free(state) else pre.detach()
+        chosen = self.select(ranked, batch)
         values = pre.gather(1, chosen.indices).relu() * chosen.active
         z = torch.zeros_like(pre).scatter_add(1, chosen.indices, values)
         error = z @ self.W_dec + self.b_dec - batch.target
@@ -76,35 +78,64 @@ class TopKSAE(SAE):
         auxiliary = self.auxiliary(pre, -error.detach(), state)
         parts = {} if auxiliary is None else {"aux": float(auxiliary.detach())}
         whole = loss if auxiliary is None else loss + state.settings.aux * auxiliary
-        return Objective(whole, error.detach().square().sum(), chosen.detach(), parts)
+        codes = Codes(chosen.indices, values.detach(), self.features)
+        return Objective(whole, error.detach().square().sum(), codes, parts)
 
     def gradients(self, batch: Batch, state: TrainState) -> tuple[Objective, dict[str, Tensor]]:
         n, m = len(batch), self.features
-        low = state.settings.dtype == "bfloat16"
-        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=low):
-            pre = self.pre(batch.x)
-        pre = pre.float() if low else pre
-        codes = self.select(pre, batch)
-        indices, z = codes.indices, codes.values
-        error = self.decode_scaled(codes) - batch.target
-        squared = error.square().sum()
-        g = error * (2 / n)
-        dz = gather_dot(indices, g, self.W_dec) * codes.active
         x = batch.x - self.b_dec if self.centred else batch.x
+        codes = self._chosen(x, batch, state)
+        indices, z = codes.indices, codes.values
+        if self.centred and batch.y is None:
+            error = sparse_decode(indices, z, self.W_dec).sub_(x)  # b_dec cancels
+        else:
+            error = self.decode_scaled(codes) - batch.target
+        squared = error.square().sum()
+        revive = -error if state.settings.aux and bool(state.dead.any()) else None
+        g = error.mul_(2 / n)
+        dz = gather_dot(indices, g, self.W_dec).mul_(codes.active)
         found = {
             "W_enc": scatter_outer(indices, dz, x, m),
-            "b_enc": pre.new_zeros(m).index_add_(0, indices.reshape(-1), dz.reshape(-1)),
+            "b_enc": z.new_zeros(m).index_add_(0, indices.reshape(-1), dz.reshape(-1)),
             "W_dec": scatter_outer(indices, z, g, m),
             "b_dec": g.sum(0),
         }
         if self.centred:
-            found["b_dec"] = found["b_dec"] - found["b_enc"] @ self.W_enc
+            found["b_dec"] -= found["b_enc"] @ self.W_enc
         loss, parts = squared / n, {}
-        dead = state.dead
-        if state.settings.aux and bool(dead.any()):
-            auxiliary = self._auxiliary_gradients(batch, pre, -error, state, found)
+        if revive is not None:
+            auxiliary = self._auxiliary_gradients(batch, revive, state, found)
             loss, parts = loss + state.settings.aux * auxiliary, {"aux": float(auxiliary)}
-        return Objective(loss, squared, codes, parts), self.constrain(found)
+        return Objective(loss, squared, codes, parts), found if _free(state) else self.constrain(found)
+
+    def _chosen(self, x: Tensor, batch: Batch, state: TrainState) -> Codes:
+        """Return the codes of centred rows, as a training step uses them."""
+        norms = self.W_dec.norm(dim=1) if _free(state) else None
+        if type(self).select is not TopKSAE.select:
+            pre = torch.addmm(self.b_enc, x, self.W_enc.T)
+            codes = self.select(pre if norms is None else pre * norms, batch)
+            return (
+                codes
+                if norms is None
+                else Codes(codes.indices, codes.values / norms[codes.indices], self.features)
+            )
+        dtype = state.settings.dtype
+        fast = dtype == "bfloat16" or (dtype == "auto" and not x.is_cuda and bfloat16_is_fast())
+        precision: Precision = "bfloat16" if fast and x.dtype == torch.float32 else "float32"
+        values, indices = encode_topk(x, self.W_enc, self.b_enc, self.k, scale=norms, precision=precision)
+        return Codes(indices, values if norms is None else values / norms[indices], self.features)
+
+    def after_step(self, state: TrainState) -> None:
+        if not _free(state):
+            super().after_step(state)
+
+    def finish(self, state: TrainState) -> None:
+        """Fold atoms' norms into the encoder, where they were free to move."""
+        if _free(state):
+            norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            self.W_dec /= norms
+            self.W_enc *= norms
+            self.b_enc *= norms.squeeze(1)
 
     def auxiliary(self, pre: Tensor, error: Tensor, state: TrainState) -> Tensor | None:
         """Return the squared error of reconstructing `error` from dead features, or `None` without any."""
@@ -120,7 +151,7 @@ class TopKSAE(SAE):
         return share * (some @ self.W_dec[dead] - error).square().sum() / len(error)
 
     def _auxiliary_gradients(
-        self, batch: Batch, pre: Tensor, error: Tensor, state: TrainState, found: dict[str, Tensor]
+        self, batch: Batch, error: Tensor, state: TrainState, found: dict[str, Tensor]
     ) -> Tensor:
         """Add the auxiliary loss's gradients to `found` and return the loss; dense in dead features only."""
         dead = state.dead.nonzero().squeeze(1)
@@ -139,5 +170,9 @@ class TopKSAE(SAE):
         for name, part in zip(("W_enc", "b_enc", "W_dec"), parts[:3], strict=True):
             found[name].index_add_(0, dead, part)
         if self.centred:
-            found["b_dec"] = found["b_dec"] + parts[3]
+            found["b_dec"] += parts[3]
         return loss.detach()
+
+
+def _free(state: TrainState) -> bool:
+    return state.settings.decoder_norm == "free"

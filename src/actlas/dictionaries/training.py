@@ -67,6 +67,8 @@ def train(
         )
     if checkpoint is not None and Path(checkpoint).exists() and not Path(checkpoint).is_dir():
         raise InputError(f"{checkpoint} is a file; a checkpoint is a folder")
+    if settings.decoder_norm == "free" and sae.architecture != "topk":
+        raise InputError(f"decoder_norm='free' is for topk; {sae.architecture} is trained with unit norms")
     run = _Run(sae, settings)
     if checkpoint is not None and (Path(checkpoint) / "manifest.json").exists():
         run.resume(Path(checkpoint), source)

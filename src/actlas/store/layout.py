@@ -35,7 +35,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"}
 _NAMES = {code: dtype for dtype, code in _CODES.items()}
-_ALIGN = 8
+_ALIGN = 64  # a cache line: rows of whole lines then begin at a line
 _MOST_HEADER = 1 << 24
 
 

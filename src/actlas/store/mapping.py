@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,21 +45,22 @@ class Matrix:
         scales: Sequence[Piece] | None = None,
     ) -> None:
         self.columns = pieces[0].columns
-        self._files, self._firsts = files, firsts
+        self._files, self._firsts = files, firsts.numpy()
         size = pieces[0].dtype.itemsize
         starts = [file.data_ptr() + piece.offset for file, piece in zip(files, pieces, strict=True)]
         low, high = min(starts), max(s + p.rows * p.row_bytes for s, p in zip(starts, pieces, strict=True))
         self._memory = (ctypes.c_char * (high - low)).from_address(low)
         whole = torch.frombuffer(self._memory, dtype=pieces[0].dtype)
         self._view = whole.as_strided((len(whole) - self.columns + 1, self.columns), (1, 1))
-        at = torch.tensor([(start - low) // size for start in starts], dtype=torch.int64)
-        self._shift = at - firsts * self.columns
+        self._shift = np.array([(start - low) // size for start in starts]) - self._firsts * self.columns
         self._scales = None if scales is None else Matrix(files, scales, firsts)
 
     def offsets(self, rows: Tensor) -> Tensor:
         """Return where rows begin, int64 `[n]`."""
-        shard = torch.searchsorted(self._firsts, rows, right=True) - 1
-        return self._shift[shard] + rows * self.columns
+        # In NumPy: the threads of PyTorch would cost more here than they save, and wait for each other.
+        numbers = rows.numpy()
+        shard = np.searchsorted(self._firsts, numbers, side="right") - 1
+        return torch.from_numpy(self._shift[shard] + numbers * self.columns)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return rows as float32 `[n, columns]`; they must be there."""

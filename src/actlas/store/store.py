@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,7 +161,7 @@ class Store:
             batch: rows in a batch; the last one may be smaller.
             sites: which sites; default: all.
             shuffle: in an order drawn over the whole store; otherwise in row order.
-            seed: of that order, which is the same on every machine.
+            seed: of that order (at least 0).
             start: how many batches to leave out at the beginning, to go on where one stopped.
             where: only rows for which this SQL condition on the table `tokens` holds, e.g.
                 `"NOT special AND split = 'fit'"`.
@@ -174,8 +175,9 @@ class Store:
         Raises:
             InputError: a batch below 1, a condition that is not SQL or that no row meets.
         """
-        if batch < 1 or start < 0:
-            raise InputError(f"batch must be at least 1 and start at least 0, not {batch} and {start}")
+        if batch < 1 or start < 0 or seed < 0:
+            given = f"{batch}, {start} and {seed}"
+            raise InputError(f"batch must be at least 1, start at least 0 and seed at least 0, not {given}")
         names = self.sites if sites is None else [sites] if isinstance(sites, str) else list(sites)
         wanted = {name: self._site(name) for name in names}
         if gradient:
@@ -184,7 +186,8 @@ class Store:
             wanted |= {name + GRADIENT: found + GRADIENT for name, found in list(wanted.items())}
         rows = self.select(where, keep_massive=keep_massive)
         if shuffle:
-            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+            # In NumPy: waking PyTorch's threads for this would cost more than the work.
+            rows = torch.from_numpy(np.random.default_rng(seed).permutation(rows.numpy()))
         return self._batches(rows, batch, start, wanted)
 
     def _batches(
@@ -201,7 +204,7 @@ class Store:
         """Return the numbers of the rows that `batches` would give, in row order, int64 `[n]`."""
         keep = self.keep_massive if keep_massive is None else keep_massive
         if where is None and (keep or not self.massive):
-            return torch.arange(self.rows)
+            return torch.from_numpy(np.arange(self.rows))
         condition = "TRUE" if where is None else f"({where}\n)"
         if not keep:
             condition += " AND NOT massive"

@@ -32,7 +32,7 @@ _GRAM = 1 << 26
 
 
 @dataclass(kw_only=True, eq=False)
-class Directions(Dictionary):
+class UnitDirections(Dictionary):
     """A fixed set of unit atoms around a centre, read by matching pursuit.
 
     Attributes:
@@ -46,12 +46,12 @@ class Directions(Dictionary):
     def __post_init__(self) -> None:
         if self.directions.ndim != 2 or self.centre.shape != self.directions.shape[1:]:
             raise ShapeError(
-                f"Directions needs directions [m, d] and centre [d], not {list(self.directions.shape)} and "
+                f"UnitDirections needs directions [m, d] and centre [d], not {list(self.directions.shape)} and "
                 f"{list(self.centre.shape)}"
             )
         if not 1 <= self.k <= len(self.directions):
             raise InputError(f"k is {self.k}; it must be between 1 and the {len(self.directions)} atoms")
-        check_finite("Directions", directions=self.directions, centre=self.centre)
+        check_finite("UnitDirections", directions=self.directions, centre=self.centre)
 
     @property
     def channels(self) -> int:
@@ -133,7 +133,7 @@ def control_dictionaries(lens: Dictionary, rows: Tensor, k: float, seed: int = 0
     out: dict[str, Dictionary] = {}
     for name, atoms in (("random atoms", spread), ("random directions", noise)):
         unit = F.normalize(torch.where(atoms.norm(dim=1, keepdim=True) > 0, atoms, noise), dim=1)
-        out[name] = Directions(
+        out[name] = UnitDirections(
             site=lens.site,
             heads=lens.heads,
             fingerprint=lens.fingerprint,

@@ -3,7 +3,7 @@
 namespace actlas {
 namespace {
 
-constexpr std::size_t kAhead = 4;  // rows fetched ahead, to hide the latency of memory
+constexpr std::size_t kAhead = 6;  // rows fetched ahead, to hide the latency of memory
 constexpr std::size_t kLine = 64;
 
 template <std::size_t lanes> ACTLAS_INLINE void widen(typename Vec<lanes>::Floats &v, const float *from) {
@@ -28,6 +28,12 @@ template <std::size_t lanes> ACTLAS_INLINE void widen(typename Vec<lanes>::Float
     using Bits = typename Vec<lanes>::Bits;
     typename Vec<lanes>::Halves halves;
     load(halves, from);
+#ifdef ACTLAS_X86
+    if constexpr (lanes > 4) {  // every processor with AVX2 has F16C
+        asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(halves));
+        return;
+    }
+#endif
     const Bits h = __builtin_convertvector(halves, Bits);
     Floats x = (Floats)((h & 0x7fffu) << 13) * 0x1p112f;
     const Bits beyond = (Bits)(x >= 65536.0f) & 0x7f800000u;  // infinity and NaN
@@ -48,7 +54,7 @@ ACTLAS_INLINE void gather_block(const T *source, std::size_t d, std::size_t stri
     for (std::size_t r = begin; r < end; ++r) {
         if (r + kAhead < end) {
             const char *next = reinterpret_cast<const char *>(source + indices[r + kAhead] * stride);
-            for (std::size_t b = 0; b < d * sizeof(T); b += kLine) __builtin_prefetch(next + b);
+            for (std::size_t b = 0; b < d * sizeof(T); b += kLine) __builtin_prefetch(next + b, 0, 2);
         }
         const T *from = source + indices[r] * stride;
         float *to = out + r * d;

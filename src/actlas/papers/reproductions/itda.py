@@ -75,7 +75,7 @@ def judge(m: Measured) -> list[Check]:
         "cos_mins": (0.85, 0.9, 0.92),
         "random_draws": 3,
         "sae_rows": 8192,
-        "sae_steps": 300,
+        "sae_steps": 1000,
         "models": 3,
         "train_steps": 120,
         "shared_tokens": 5632,

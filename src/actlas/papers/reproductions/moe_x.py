@@ -165,10 +165,13 @@ NOTE = (
     "Ours: byte-level models of under a million parameters on prose, from scratch (the full run has an "
     "upcycled one and the paper's ablations). Feature and threshold are chosen on some texts and judged "
     "on others, which the paper does not do; a mixture has four times as many neurons as the dense model "
-    "to choose from, so a random subset of equal size is judged too. Features of a mixture are taken "
-    "before the gates. Active means above 0; GELU neurons below 0 are not counted, although they write. "
-    "MoE-X here gains nothing from experts predicted to fire fewer than half a neuron, and all mixtures "
-    "have the Switch balance loss at 0.01."
+    "to choose from, so a random subset of equal size is judged too. A neuron of a mixture sees only the "
+    "bytes its expert runs at, which bounds its recall of frequent properties; coverage with every expert "
+    "read at every byte is shown beside. Features of a mixture are taken before the gates. All encoders "
+    "start as nn.Linear does: from GPT-2's smaller start half of MoE-X's neurons die at this learning "
+    "rate. Active means above 0; GELU neurons below 0 are not counted, although they write. MoE-X here "
+    "gains nothing from experts predicted to fire fewer than half a neuron, and all mixtures have the "
+    "Switch balance loss at 0.01."
 )
 
 
