@@ -14,7 +14,7 @@ from actlas.core.dictionary import Dictionary
 from actlas.core.errors import InputError, ShapeError
 from actlas.dictionaries.dark_matter import error_decomposition, token_means
 from actlas.dictionaries.dark_matter_effects import downstream_recovery, error_scaling, same_tokens
-from actlas.dictionaries.evaluation import UnitDirections, Sample
+from actlas.dictionaries.evaluation import Sample, UnitDirections
 from actlas.dictionaries.itda import fit_itda
 from tests.measure.letter_models import TEXTS, trained
 

@@ -13,9 +13,9 @@ from actlas.core.errors import FingerprintError, InputError, ShapeError
 from actlas.dictionaries.dark_matter import error_decomposition
 from actlas.dictionaries.evaluation import (
     PARTS,
-    UnitDirections,
     Offset,
     Sample,
+    UnitDirections,
     control_dictionaries,
     dictionary_similarity,
     evaluate,

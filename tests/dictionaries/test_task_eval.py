@@ -15,7 +15,7 @@ from actlas.core.errors import FingerprintError, InputError
 from actlas.core.pca import PCA
 from actlas.data import TaskItem, task
 from actlas.dictionaries.attribute_f1 import attribute_f1
-from actlas.dictionaries.evaluation.controls import UnitDirections, Offset
+from actlas.dictionaries.evaluation.controls import Offset, UnitDirections
 from actlas.dictionaries.occlusion import occlusion, over_splitting
 from actlas.dictionaries.task_eval import SHORT, TaskReport, dictionary_task_eval
 from actlas.dictionaries.task_measures import parts_of_value, share_measure, structure_measures

@@ -34,6 +34,8 @@ COMMANDS = {
     "evaluate": "Judge a dictionary, beside untrained ones of equal size.",
     "judge": "Judge a dictionary on a task whose variables are known.",
     "convert": "Turn a SAELens folder into a lens, or a lens into a SAELens folder.",
+    "similarity": "Compare the layers of two models on the same tokens.",
+    "select": "Choose the texts of a pool that are most like a few examples.",
     "methods": "List the methods that can be fitted.",
     "papers": "List the papers that Actlas rests on, and what came out here.",
     "reproduce": "Test a paper's claim here and judge it.",

@@ -252,7 +252,7 @@ def _processes() -> tuple[int, int]:
 
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return 1, 0
-    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate import PartialState
 
     state = PartialState()
     return state.num_processes, state.process_index

@@ -31,7 +31,7 @@ from actlas.core.dictionary import Dictionary
 from actlas.core.edits import Zero
 from actlas.core.errors import InputError, did_you_mean
 from actlas.core.measurement import Measurement
-from actlas.dictionaries.evaluation.controls import UnitDirections, Offset, control_dictionaries
+from actlas.dictionaries.evaluation.controls import Offset, UnitDirections, control_dictionaries
 from actlas.dictionaries.evaluation.differences import over_controls
 from actlas.dictionaries.evaluation.first_letter import first_letter
 from actlas.dictionaries.evaluation.probing import probing_of, sparse_probing

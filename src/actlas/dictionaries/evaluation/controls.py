@@ -46,8 +46,8 @@ class UnitDirections(Dictionary):
     def __post_init__(self) -> None:
         if self.directions.ndim != 2 or self.centre.shape != self.directions.shape[1:]:
             raise ShapeError(
-                f"UnitDirections needs directions [m, d] and centre [d], not {list(self.directions.shape)} and "
-                f"{list(self.centre.shape)}"
+                f"UnitDirections needs directions [m, d] and centre [d], not {list(self.directions.shape)} "
+                f"and {list(self.centre.shape)}"
             )
         if not 1 <= self.k <= len(self.directions):
             raise InputError(f"k is {self.k}; it must be between 1 and the {len(self.directions)} atoms")
