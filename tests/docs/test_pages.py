@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import typer
 
 from actlas.cli.main import COMMANDS
+from actlas.core.methods import find_method
+from actlas.dictionaries.sae import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,6 +58,9 @@ def test_commands_and_options_of_a_page_exist(page: Path) -> None:
             continue
         assert words[1] in COMMANDS, f"{page.name}: {line}"
         known = options(words[1])
+        if words[1] == "fit" and (info := find_method(words[2])).open:
+            kinds = {f.name for kind in ARCHITECTURES.values() for f in fields(kind)}
+            known |= {"--" + name.replace("_", "-") for name in {*info.options, *kinds}}
         for word in words[2:]:
             if re.match(r"--?[a-z]", word):
                 assert word.split("=")[0] in known, f"{page.name}: {line}"

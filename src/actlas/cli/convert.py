@@ -42,7 +42,7 @@ def convert(
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
-    """Turn a SAELens folder into a lens, or a lens into a SAELens folder."""
+    """Turn a SAELens folder into a lens, or the reverse."""
     with session(json=json, debug=debug) as out:
         from actlas.cli.calibrate import check_target
         from actlas.core.dictionary import Dictionary

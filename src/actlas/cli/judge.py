@@ -53,7 +53,7 @@ def judge(
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
-    """Judge a dictionary on a task whose variables are known, against supervised dictionaries.
+    """Judge a dictionary on a task whose variables are known.
 
     Approximation: is the reconstruction enough, is it needed? Control: how much of an attribute's effect do m
     exchanged features move? Interpretability: how well do single features tell the attributes' values?

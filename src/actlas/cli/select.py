@@ -63,8 +63,9 @@ def select(
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
-    """Choose the texts of a pool that are most like a few examples, by what the model makes of them.
+    """Choose the texts of a pool that are most like a few examples.
 
+    What counts is what the model makes of them, not their words.
     With each choice come the features that it shares with the examples.
     """
     with session(json=json, debug=debug) as out:
