@@ -20,6 +20,7 @@ def gather_rows(
     out: Tensor | None = None,
     *,
     scales: Rows | None = None,
+    workers: int | None = None,
 ) -> Tensor:
     """Return `source[indices]` as float32, times `scales[indices]` if there are any.
 
@@ -29,6 +30,7 @@ def gather_rows(
         indices: int64 `[rows]`, each in 0 ... n - 1, in any order, repeats allowed.
         out: contiguous float32 `[rows, d]` to fill; `None` makes one.
         scales: float32 `[n]` or `[n, 1]`, a factor for each row (int8 stores).
+        workers: threads to use; `None`: as many as the other kernels.
 
     Returns:
         float32 `[rows, d]`.
@@ -45,7 +47,8 @@ def gather_rows(
     result = torch.from_numpy(np.empty((len(at), array.shape[1]), np.float32)) if out is None else out
     _check_out(result, torch.Size((len(at), array.shape[1])))
     factors = None if scales is None else _factors(scales, len(array))
-    native.gather_rows(array, number, factors, at.contiguous().numpy(), result.detach().numpy(), threads())
+    count = threads() if workers is None else workers
+    native.gather_rows(array, number, factors, at.contiguous().numpy(), result.detach().numpy(), count)
     return result
 
 

@@ -13,6 +13,7 @@ rows that are there are ever used; the array is never read as a whole and never 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,30 @@ from torch import Tensor
 from actlas.kernels.gather import gather_rows
 from actlas.store.layout import SCALE, Piece
 
-_AHEAD = 64  # batches whose offsets are computed at once
+_AT_ONCE = 10_000_000  # bytes that are gathered at once: enough for two threads to pay
+_MOST_ROOMS = 4
+
+
+class _Rooms:
+    """Memory for batches that is used again as soon as nobody holds a batch in it.
+
+    Fresh memory has to be cleared page by page by the system, which takes as long as filling it.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self._shape = rows, columns
+        self._rooms: list[np.ndarray[Any, Any]] = []
+
+    def free(self, rows: int) -> Tensor:
+        """Return a tensor `[rows, columns]` in a room that no tensor uses."""
+        for number in range(len(self._rooms)):
+            # This list and the argument of getrefcount; a tensor made from the room would be another.
+            if sys.getrefcount(self._rooms[number]) == 2:
+                return torch.from_numpy(self._rooms[number])[:rows]
+        room = np.empty(self._shape, np.float32)
+        if len(self._rooms) < _MOST_ROOMS:
+            self._rooms.append(room)
+        return torch.from_numpy(room)[:rows]
 
 
 class Matrix:
@@ -59,6 +83,8 @@ class Matrix:
         """Return where rows begin, int64 `[n]`."""
         # In NumPy: the threads of PyTorch would cost more here than they save, and wait for each other.
         numbers = rows.numpy()
+        if len(self._firsts) == 1:
+            return torch.from_numpy(self._shift[0] + numbers * self.columns)
         shard = np.searchsorted(self._firsts, numbers, side="right") - 1
         return torch.from_numpy(self._shift[shard] + numbers * self.columns)
 
@@ -70,11 +96,13 @@ class Matrix:
         """Yield rows as float32, `size` at a time."""
         if not len(rows):
             return
-        for block in rows.split(size * _AHEAD):
-            scales = None if self._scales is None else self._scales.batches(block, size)
-            for part in self.offsets(block).split(size):
-                found = gather_rows(self._view, part)
-                yield found if scales is None else found.mul_(next(scales))
+        together = size * max(1, _AT_ONCE // (4 * self.columns * size))
+        rooms = _Rooms(min(together, len(rows)), self.columns)
+        for block in rows.split(together):
+            found = gather_rows(self._view, self.offsets(block), rooms.free(len(block)))
+            if self._scales is not None:
+                found *= self._scales.gather(block)
+            yield from found.split(size)
 
 
 class Files:
