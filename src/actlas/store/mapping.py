@@ -36,7 +36,7 @@ class _Rooms:
     """
 
     def __init__(self, rows: int, columns: int) -> None:
-        self._shape = rows, columns
+        self.rows, self._columns = rows, columns
         self._rooms: list[np.ndarray[Any, Any]] = []
 
     def free(self, rows: int) -> Tensor:
@@ -45,7 +45,7 @@ class _Rooms:
             # This list and the argument of getrefcount; a tensor made from the room would be another.
             if sys.getrefcount(self._rooms[number]) == 2:
                 return torch.from_numpy(self._rooms[number])[:rows]
-        room = np.empty(self._shape, np.float32)
+        room = np.empty((self.rows, self._columns), np.float32)
         if len(self._rooms) < _MOST_ROOMS:
             self._rooms.append(room)
         return torch.from_numpy(room)[:rows]
@@ -78,6 +78,7 @@ class Matrix:
         self._view = whole.as_strided((len(whole) - self.columns + 1, self.columns), (1, 1))
         self._shift = np.array([(start - low) // size for start in starts]) - self._firsts * self.columns
         self._scales = None if scales is None else Matrix(files, scales, firsts)
+        self._rooms: _Rooms | None = None
 
     def offsets(self, rows: Tensor) -> Tensor:
         """Return where rows begin, int64 `[n]`."""
@@ -97,7 +98,9 @@ class Matrix:
         if not len(rows):
             return
         together = size * max(1, _AT_ONCE // (4 * self.columns * size))
-        rooms = _Rooms(min(together, len(rows)), self.columns)
+        if self._rooms is None or self._rooms.rows < min(together, len(rows)):
+            self._rooms = _Rooms(min(together, len(rows)), self.columns)
+        rooms = self._rooms
         for block in rows.split(together):
             found = gather_rows(self._view, self.offsets(block), rooms.free(len(block)))
             if self._scales is not None:
