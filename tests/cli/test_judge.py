@@ -13,7 +13,7 @@ from typer.main import get_command
 from actlas.cli import judge
 from actlas.core.errors import InputError
 from actlas.core.model import Model
-from actlas.dictionaries.evaluation.controls import Directions
+from actlas.dictionaries.evaluation.controls import UnitDirections
 from tests.dictionaries.test_task_runs import SITE, reader
 
 
@@ -33,7 +33,7 @@ def _model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> str:
-    lens = Directions(site=SITE, directions=torch.eye(32), centre=torch.zeros(32), k=8)
+    lens = UnitDirections(site=SITE, directions=torch.eye(32), centre=torch.zeros(32), k=8)
     return str(lens.save(tmp_path / "d", reader()))
 
 

@@ -41,6 +41,24 @@ def test_sparse_gradients_are_autograds(centred: bool, dead: list[int], norm: st
         torch.testing.assert_close(sparse[name], dense[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("norm", ["unit", "free"])
+def test_a_whole_step_is_gradients_and_adam(
+    norm: str, clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, _ = sparse_rows(600, 12, 24, 2)
+    settings = TrainSettings(
+        tokens=3000, batch=100, lr=3e-3, dtype="float32", decoder_norm=norm, clip=clip, dead_after=200  # type: ignore[arg-type]
+    )  # fmt: skip
+    whole = train(TopKSAE.create("s", 12, 40, k=3), RowsSource(rows), settings, show=False)
+    monkeypatch.setattr(TopKSAE, "step", SAE.step)
+    pieces = train(TopKSAE.create("s", 12, 40, k=3), RowsSource(rows), settings, show=False)
+    for name in whole.trainable:
+        torch.testing.assert_close(
+            getattr(whole, name), getattr(pieces, name), atol=2e-4, rtol=1e-3, msg=name
+        )
+
+
 def test_dense_loss_is_the_paper_in_float64() -> None:
     g = torch.Generator().manual_seed(1)
     sae = TopKSAE.create("s", 8, 16, k=3, seed=0)

@@ -100,7 +100,11 @@ class MatryoshkaSAE(BatchTopKSAE):
             found["b_dec"] -= found["b_enc"] @ self.W_enc
         parts = {}
         if state.settings.aux and bool(state.dead.any()):
-            auxiliary = self._auxiliary_gradients(batch, -error, state, found)
+            auxiliary, revive = self._auxiliary_gradients(batch, -error, state)
+            found["b_dec"] += revive.pop("b_dec")
+            dead = state.dead.nonzero().squeeze(1)
+            for name, part_of_dead in revive.items():
+                found[name].index_add_(0, dead, part_of_dead)
             loss, parts = loss + state.settings.aux * auxiliary, {"aux": float(auxiliary)}
         self.follow(codes, state)
         return Objective(loss, error.square().sum(), codes, parts), self.constrain(found)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ARCHITECTURES: dict[str, type[SAE]] = {}
+#: Adam's two moments of every trainable tensor.
+Moments = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -121,6 +123,10 @@ class SAE(Dictionary):
         }
         free = state.settings.decoder_norm == "free"
         return replace(objective, loss=objective.loss.detach()), whole if free else self.constrain(whole)
+
+    def step(self, batch: Batch, state: TrainState, moments: Moments, rate: float) -> Objective | None:
+        """Do a whole step of Adam in place, if the kind has a quicker way than `gradients`; else `None`."""
+        return None
 
     def constrain(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take out of the decoder's gradient what would only change the atoms' norms."""

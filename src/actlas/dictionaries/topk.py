@@ -13,11 +13,13 @@ features, `g = 2 (x_hat - x) / n` and `dz_ij = g_i . W_dec[j]` for j in S_i:
     dW_dec[j] = sum_i z_ij g_i        dW_enc[j] = sum_i dz_ij (x_i - b_dec)
     db_enc    = sum_i dz_i            db_dec    = sum_i g_i - db_enc W_enc
 
-These sums are `kernels.sparse_codes`; the tests hold them to autograd on the dense formula.
+These sums are `kernels.sparse_codes`, and with Adam's step in one pass `kernels.fused_step`; the tests hold
+them to autograd on the dense formula.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,8 +29,10 @@ from torch import Tensor
 from actlas.core.codes import Codes
 from actlas.core.errors import InputError
 from actlas.dictionaries.objective import Batch, Objective, TrainState
-from actlas.dictionaries.sae import SAE
+from actlas.dictionaries.sae import SAE, Moments
 from actlas.kernels.encode import Precision, bfloat16_is_fast, encode_topk
+from actlas.kernels.fused_step import fused_row_step, gradient_norm
+from actlas.kernels.row_steps import adam_rows
 from actlas.kernels.sparse_codes import gather_dot, scatter_outer, sparse_decode, topk
 
 if TYPE_CHECKING:
@@ -82,6 +86,52 @@ class TopKSAE(SAE):
         return Objective(whole, error.detach().square().sum(), codes, parts)
 
     def gradients(self, batch: Batch, state: TrainState) -> tuple[Objective, dict[str, Tensor]]:
+        objective, p = self._pieces(batch, state)
+        indices, m = objective.codes.indices, self.features
+        found = {
+            "W_enc": scatter_outer(indices, p.dz, p.x, m),
+            "b_enc": p.b_enc,
+            "W_dec": scatter_outer(indices, objective.codes.values, p.g, m),
+            "b_dec": p.b_dec,
+        }
+        if p.dead is not None:
+            for name, part in p.revive.items():
+                found[name].index_add_(0, p.dead, part)
+        return objective, found if _free(state) else self.constrain(found)
+
+    def step(self, batch: Batch, state: TrainState, moments: Moments, rate: float) -> Objective | None:
+        """Do a whole step in place, without ever writing the gradients; `None` if it cannot be done so."""
+        if type(self)._pieces is not TopKSAE._pieces or type(self).gradients is not TopKSAE.gradients:
+            return None
+        objective, p = self._pieces(batch, state)
+        codes, s, unit = objective.codes, state.settings, not _free(state)
+        extra = {name: (p.dead, part) for name, part in p.revive.items()} if p.dead is not None else {}
+        encoder = codes.indices, p.dz, p.x
+        decoder = codes.indices, codes.values, p.g
+        factor = 1.0
+        if s.clip is not None:
+            squares = [
+                gradient_norm(self.W_enc, *encoder, extra=extra.get("W_enc")) ** 2,
+                gradient_norm(self.W_dec, *decoder, remove_parallel=unit, extra=extra.get("W_dec")) ** 2,
+                float(p.b_enc.square().sum() + p.b_dec.square().sum()),
+            ]
+            norm = math.sqrt(sum(squares))
+            factor = s.clip / norm if norm > s.clip else 1.0
+        options: dict[str, Any] = {
+            "step": state.step + 1, "lr": rate, "beta1": s.betas[0], "beta2": s.betas[1], "eps": s.eps,
+            "gradient_scale": factor,
+        }  # fmt: skip
+        fused_row_step(self.W_enc, *moments["W_enc"], *encoder, extra=extra.get("W_enc"), **options)
+        fused_row_step(
+            self.W_dec, *moments["W_dec"], *decoder, extra=extra.get("W_dec"),
+            remove_parallel=unit, renormalise=unit, **options,
+        )  # fmt: skip
+        adam_rows(self.b_enc, p.b_enc, *moments["b_enc"], **options)
+        adam_rows(self.b_dec, p.b_dec, *moments["b_dec"], **options)
+        return objective
+
+    def _pieces(self, batch: Batch, state: TrainState) -> tuple[Objective, _Pieces]:
+        """Return the objective and all that its gradients are made of."""
         n, m = len(batch), self.features
         x = batch.x - self.b_dec if self.centred else batch.x
         codes = self._chosen(x, batch, state)
@@ -91,22 +141,21 @@ class TopKSAE(SAE):
         else:
             error = self.decode_scaled(codes) - batch.target
         squared = error.square().sum()
-        revive = -error if state.settings.aux and bool(state.dead.any()) else None
+        dead = state.dead.nonzero().squeeze(1) if state.settings.aux else torch.empty(0)
+        auxiliary, revive = self._auxiliary_gradients(batch, -error, state) if len(dead) else (None, {})
         g = error.mul_(2 / n)
         dz = gather_dot(indices, g, self.W_dec).mul_(codes.active)
-        found = {
-            "W_enc": scatter_outer(indices, dz, x, m),
-            "b_enc": z.new_zeros(m).index_add_(0, indices.reshape(-1), dz.reshape(-1)),
-            "W_dec": scatter_outer(indices, z, g, m),
-            "b_dec": g.sum(0),
-        }
+        b_enc = z.new_zeros(m).index_add_(0, indices.reshape(-1), dz.reshape(-1))
+        b_dec = g.sum(0)
         if self.centred:
-            found["b_dec"] -= found["b_enc"] @ self.W_enc
+            b_dec -= b_enc @ self.W_enc
         loss, parts = squared / n, {}
-        if revive is not None:
-            auxiliary = self._auxiliary_gradients(batch, revive, state, found)
+        if auxiliary is not None:
+            b_dec += revive.pop("b_dec")
+            b_enc.index_add_(0, dead, revive.pop("b_enc"))
             loss, parts = loss + state.settings.aux * auxiliary, {"aux": float(auxiliary)}
-        return Objective(loss, squared, codes, parts), found if _free(state) else self.constrain(found)
+        pieces = _Pieces(x, g, dz, b_enc, b_dec, dead if auxiliary is not None else None, revive)
+        return Objective(loss, squared, codes, parts), pieces
 
     def _chosen(self, x: Tensor, batch: Batch, state: TrainState) -> Codes:
         """Return the codes of centred rows, as a training step uses them."""
@@ -151,9 +200,9 @@ class TopKSAE(SAE):
         return share * (some @ self.W_dec[dead] - error).square().sum() / len(error)
 
     def _auxiliary_gradients(
-        self, batch: Batch, error: Tensor, state: TrainState, found: dict[str, Tensor]
-    ) -> Tensor:
-        """Add the auxiliary loss's gradients to `found` and return the loss; dense in dead features only."""
+        self, batch: Batch, error: Tensor, state: TrainState
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the auxiliary loss and its gradients, of the dead features' rows only (`b_dec`: whole)."""
         dead = state.dead.nonzero().squeeze(1)
         W_enc, W_dec = (w[dead].requires_grad_() for w in (self.W_enc, self.W_dec))
         b_enc, b_dec = self.b_enc[dead].requires_grad_(), self.b_dec.detach().clone().requires_grad_()
@@ -165,13 +214,26 @@ class TopKSAE(SAE):
             some = torch.zeros_like(some).scatter(1, kept, some.gather(1, kept))
         share = min(1.0, len(dead) / most)
         loss = share * (some @ W_dec - error).square().sum() / len(error)
-        leaves = [W_enc, b_enc, W_dec] + ([b_dec] if self.centred else [])
-        parts = torch.autograd.grad(state.settings.aux * loss, leaves)
-        for name, part in zip(("W_enc", "b_enc", "W_dec"), parts[:3], strict=True):
-            found[name].index_add_(0, dead, part)
-        if self.centred:
-            found["b_dec"] += parts[3]
-        return loss.detach()
+        leaves = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        found = torch.autograd.grad(state.settings.aux * loss, list(leaves.values()), allow_unused=True)
+        parts = {
+            name: torch.zeros_like(leaves[name]) if part is None else part
+            for name, part in zip(leaves, found, strict=True)
+        }
+        return loss.detach(), parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Pieces:
+    """What the gradients of a step are made of; `revive` are the auxiliary loss's, of the `dead` rows."""
+
+    x: Tensor
+    g: Tensor
+    dz: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    dead: Tensor | None
+    revive: dict[str, Tensor]
 
 
 def _free(state: TrainState) -> bool:

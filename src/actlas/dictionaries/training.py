@@ -4,7 +4,8 @@
     sae = train(TopKSAE.create(site, 576, 4608, k=32), source, TrainSettings(tokens=1_000_000))
 
 A step: the next batch, scaled; the kind's gradients; their mean over processes, if there are several;
-clipping, if asked for; Adam; the kind's constraint (unit atoms). Which features are dead is counted on the
+clipping, if asked for; Adam; the kind's constraint (unit atoms). A kind may do all of that at once
+(`SAE.step`). Which features are dead is counted on the
 way. With `checkpoint=` the run is saved every few minutes and goes on from there after an interruption,
 to the same result as an uninterrupted run on the same machine.
 
@@ -143,16 +144,19 @@ class _Run:
             None if batch.y is None else batch.y * sae.scale,
             None if batch.gradient is None else batch.gradient / sae.scale,
         )
-        objective, gradients = sae.gradients(scaled, state)
+        rate = s.rate(state.step, sae.features)
+        objective = sae.step(scaled, state, self.moments, rate) if self.world == 1 else None
+        gradients: dict[str, Tensor] = {}
+        if objective is None:
+            objective, gradients = sae.gradients(scaled, state)
         if not math.isfinite(float(objective.loss)):
             raise NonFiniteError(
                 f"the loss is {float(objective.loss)} at step {state.step}; lower the learning rate"
             )
         if self.world > 1:
             _average(gradients.values(), self.world)
-        if s.clip is not None:
+        if s.clip is not None and gradients:
             clip(gradients.values(), s.clip)
-        rate = s.rate(state.step, sae.features)
         for name, gradient in gradients.items():
             m, v = self.moments[name]
             adam_rows(
@@ -162,7 +166,8 @@ class _Run:
         state.saw(objective.codes, self.world)
         if self.world > 1:
             _share_fired(state, self.world)
-        sae.after_step(state)
+        if gradients:  # a whole step has brought the atoms back to unit norm
+            sae.after_step(state)
         state.step += 1
         self.taken += 1
         return objective
