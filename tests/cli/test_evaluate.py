@@ -27,12 +27,12 @@ def text(tmp_path: Path) -> str:
 
 
 def saved(folder: Path, model: str, seed: int = 0, d: int = 32) -> str:
-    from actlas.dictionaries.evaluation import Directions
+    from actlas.dictionaries.evaluation import UnitDirections
     from actlas.models import load
 
     g = torch.Generator().manual_seed(seed)
     unit = F.normalize(torch.randn(40, d, generator=g), dim=1)
-    lens = Directions(site=SITE, directions=unit, centre=torch.zeros(d), k=4)
+    lens = UnitDirections(site=SITE, directions=unit, centre=torch.zeros(d), k=4)
     return str(lens.save(folder, load(model)))
 
 
@@ -46,7 +46,8 @@ def test_a_dictionary_stands_beside_its_controls(actlas, tiny, text, tmp_path):
         assert {(name, d) for d in ("evaluated", "random atoms", "random directions")} <= names
     assert ("explained_variance over random atoms", None) in names
     assert (
-        document["parts"] == ["core", "behaviour"] and "Directions of 40 features" in document["dictionary"]
+        document["parts"] == ["core", "behaviour"]
+        and "UnitDirections of 40 features" in document["dictionary"]
     )
     alone = actlas("evaluate", path, tiny, text, "--tokens", 200, "--no-controls", "--part", "core")
     assert alone.status == 0 and "explained_variance" in alone.out and "random" not in alone.out
