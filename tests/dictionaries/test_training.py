@@ -135,7 +135,9 @@ def test_blocks_join_documents(toy: Model, text: list[str]) -> None:
 @pytest.mark.parametrize("site", [SITE, "blocks.0.attn.z"])
 def test_fit_from_a_corpus(toy: Model, text: list[str], site: str) -> None:
     sae = fit_sae(toy, text, site, width="2x", k=4, tokens=6000, batch=128, lr=3e-3)
-    found = {m.name: m for m in sae.measurements}
+    beside = [m.group["dictionary"] for m in sae.measurements if m.group]
+    assert beside == ["random atoms", "random directions"]
+    found = {m.name: m for m in sae.measurements if not m.group}
     assert sae.features == 64 and sae.fingerprint == toy.fingerprint
     assert found["fraction of variance unexplained"].value < 0.6
     assert found["L0"].value <= 4

@@ -16,6 +16,7 @@ from actlas.core.intervals import bootstrap_ratio
 from actlas.core.layout import HEAD_KINDS
 from actlas.core.measurement import Measurement
 from actlas.core.methods import method
+from actlas.dictionaries.evaluation.controls import MOST_ATOMS, control_dictionaries
 from actlas.dictionaries.objective import Batch, TrainSettings
 from actlas.dictionaries.sae import SAE, parse_width
 from actlas.dictionaries.sae import architecture as find_architecture
@@ -125,28 +126,48 @@ def fit_sae(
     train(sae, source, settings, checkpoint=None if checkpoint is None else Path(checkpoint))
     sae.fingerprint = model.fingerprint if model is not None else getattr(data, "fingerprint", None)
     judged = source.sample(HELD_OUT, seed + 1) if held is None else held
-    sae.measurements = quality(sae, judged, held is not None)
+    plain = judged.y is None and len(sites) == 1
+    controls = source.sample(min(sae.features, MOST_ATOMS), seed + 2) if plain else None
+    sae.measurements = quality(sae, judged, held is not None, controls)
     return sae
 
 
-def quality(sae: Dictionary, batch: Batch, held_out: bool) -> tuple[Measurement, ...]:
-    """Return what every dictionary should say about itself: unexplained variance, L0, dead features."""
-    target = batch.target
+def quality(
+    sae: Dictionary, batch: Batch, held_out: bool, controls: Batch | None = None
+) -> tuple[Measurement, ...]:
+    """Return what every dictionary should say about itself: unexplained variance, L0, dead features.
+
+    Args:
+        sae: the dictionary.
+        batch: rows to judge it on.
+        held_out: whether they were kept out of training.
+        controls: rows of which untrained dictionaries of equal size and equal k are made, to stand beside
+            it: random rows as atoms, and random directions, both read by matching pursuit.
+    """
     codes = sae.encode(batch.x)
-    error = (target - sae.reconstruct(batch.x)).square().sum(1).double()
-    total = (target - target.mean(0)).square().sum(1).double()
-    low, high = bootstrap_ratio(error.numpy(), total.numpy(), seed=0)
     note = "on rows that it was not trained on" if held_out else "on rows that it was trained on"
     l0 = float(codes.l0.double().mean())
     silent = float((codes.counts() == 0).sum())
     of = f"of {sae.features}, {note}"
-    return (
-        Measurement(
-            "fraction of variance unexplained", float(error.sum() / total.sum()), "fraction", len(target),
-            low, high, "bootstrap over rows", 0, better="lower", note=note,
-        ),
-        Measurement("L0", l0, "features/token", len(target), note=note),
-        Measurement("features that never fired", silent, "count", len(target), note=of),
+    found = [
+        _unexplained(batch.target, sae.reconstruct(batch.x), note),
+        Measurement("L0", l0, "features/token", len(batch), note=note),
+        Measurement("features that never fired", silent, "count", len(batch), note=of),
+    ]
+    if controls is not None and len(controls) > 1:
+        for name, control in control_dictionaries(sae, controls.x, l0).items():
+            said = f"control: {name}, as many, {control.k} a row by matching pursuit"  # type: ignore[attr-defined]
+            found.append(_unexplained(batch.target, control.reconstruct(batch.x), said, dictionary=name))
+    return tuple(found)
+
+
+def _unexplained(target: Tensor, rebuilt: Tensor, note: str, **group: str) -> Measurement:
+    error = (target - rebuilt).square().sum(1).double()
+    total = (target - target.mean(0)).square().sum(1).double()
+    low, high = bootstrap_ratio(error.numpy(), total.numpy(), seed=0)
+    return Measurement(
+        "fraction of variance unexplained", float(error.sum() / total.sum()), "fraction", len(target),
+        low, high, "bootstrap over rows", 0, group=group, better="lower", note=note,
     )  # fmt: skip
 
 
