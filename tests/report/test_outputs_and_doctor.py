@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from actlas.core.model import Model
+from actlas.core.passes import CACHES
 from actlas.report import doctor, explain_output
 from actlas.report.diagnosis import Check
 from tests.measure.small_models import bert, llama, tokenizer, vit
@@ -24,7 +25,8 @@ def test_outputs_of_a_language_model_are_named_with_their_axes() -> None:
     assert logits.axes == ("batch", "position", "vocabulary") and logits.shape[0] == 2
     assert logits.shape[-1] == model.vocab_size
     assert "row i predicts token i + 1" in logits.meaning
-    assert "past_key_values" in parts and "positions" in parts["past_key_values"].meaning
+    cache = next(parts[name] for name in CACHES if name in parts)
+    assert "positions" in cache.meaning
     assert found.example.startswith("Most probable next tokens")
     p = model.logits("the cat sat")[0, -1].softmax(-1)
     assert f"({float(p.max()):.1%})" in explain_output(model, "the cat sat").example

@@ -130,6 +130,10 @@ class Pass:
         return torch.ones(self.batch, self.length, dtype=torch.bool, device=device)
 
 
+#: What models call their key-value cache: transformers up to 5.23, and from 5.24 on.
+CACHES = ("past_key_values", "cache")
+
+
 class PassReader:
     """Turns the arguments of a tower's forward call into a Pass."""
 
@@ -160,7 +164,7 @@ class PassReader:
                 generation,
             )
         batch, length = main.shape[0], main.shape[1]
-        past = _cached(bound.get("past_key_values"))
+        past = _cached(next((bound[name] for name in CACHES if bound.get(name) is not None), None))
         full = bound.get("attention_mask")
         full_mask = None
         if isinstance(full, Tensor) and full.ndim == 2:

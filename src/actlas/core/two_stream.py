@@ -41,7 +41,7 @@ from actlas.core.edit import ActivationEdit, Edit
 from actlas.core.errors import InputError, ModelError, NonFiniteError
 from actlas.core.installation import EditHadNoEffect, Installation
 from actlas.core.layout import Tower, find, join
-from actlas.core.passes import Pass
+from actlas.core.passes import CACHES, Pass
 from actlas.core.progress import progress
 from actlas.core.swap import SwapModule
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from actlas.core.model import Model
 
 Visit = Callable[["BlockView"], "Edit | Sequence[Edit] | None"]
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_CACHES = (*CACHES, "past_key_value", "layer_past")
 
 
 @dataclass

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from actlas.core.errors import InputError
 from actlas.core.measurement import Measurement
+from actlas.core.passes import CACHES
 from actlas.measure.complexity import Attention, Complexity, complexity, forward_arguments
 from actlas.measure.family import Member, register_family
 
@@ -113,7 +114,7 @@ def kv_cache_bytes(model: Model, *, tokens: int = 64, seed: int = 0) -> Measurem
                 out = model.module(*args, **kwargs, use_cache=True)
             except TypeError:
                 out = None
-        cache = getattr(out, "past_key_values", None)
+        cache = next((found for name in CACHES if (found := getattr(out, name, None)) is not None), None)
         if cache is None:
             return Measurement(
                 "kv-cache", float("nan"), "bytes/token", 0, note="this model keeps no key-value cache"

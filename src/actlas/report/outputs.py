@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from actlas.core.model import Model
+from actlas.core.passes import CACHES
 
 _MEANING: dict[str, str] = {
     "loss": "the training loss for the labels that were given; lower is better",
@@ -26,6 +27,7 @@ _MEANING: dict[str, str] = {
     "attentions": "attention weights of every block; each row (query) sums to 1 over the keys it may see",
     "cross_attentions": "attention of decoder tokens over encoder tokens; each row sums to 1",
     "past_key_values": "the key-value cache: pass it to the next call with only the new token to save time",
+    "cache": "the key-value cache: pass it to the next call with only the new token to save time",
     "encoder_last_hidden_state": "the encoder's output for every input token",
     "image_embeds": "one unit vector an image, in the space that it shares with texts",
     "text_embeds": "one unit vector a text, in the space that it shares with images",
@@ -143,7 +145,7 @@ def _value(model: Model, name: str, value: Any) -> Iterator[OutputPart]:
         yield _part(model, name, name, value)
     elif isinstance(value, (tuple, list)) and value and all(isinstance(v, Tensor) for v in value):
         yield _part(model, f"{name}[0..{len(value) - 1}]", name, value[0])
-    elif value is not None and name == "past_key_values":
+    elif value is not None and name in CACHES:
         length = value.get_seq_length() if hasattr(value, "get_seq_length") else "?"
         yield OutputPart(name, (), (), type(value).__name__, f"{_MEANING[name]}; it holds {length} positions")
     elif isinstance(value, Mapping):
