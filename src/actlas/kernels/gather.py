@@ -21,6 +21,7 @@ def gather_rows(
     *,
     scales: Rows | None = None,
     workers: int | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Return `source[indices]` as float32, times `scales[indices]` if there are any.
 
@@ -31,6 +32,7 @@ def gather_rows(
         out: contiguous float32 `[rows, d]` to fill; `None` makes one.
         scales: float32 `[n]` or `[n, 1]`, a factor for each row (int8 stores).
         workers: threads to use; `None`: as many as the other kernels.
+        checked: the caller knows that the indices are int64 and inside the source.
 
     Returns:
         float32 `[rows, d]`.
@@ -38,7 +40,7 @@ def gather_rows(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an index outside the source.
     """
-    at = _check_indices(indices, source)
+    at = indices if checked and isinstance(indices, Tensor) else _check_indices(indices, source)
     native, held = _native(), _held(source)
     if native is None or held is None:
         return gather_rows_reference(source, at, out, scales=scales)

@@ -102,7 +102,7 @@ class Matrix:
             self._rooms = _Rooms(min(together, len(rows)), self.columns)
         rooms = self._rooms
         for block in rows.split(together):
-            found = gather_rows(self._view, self.offsets(block), rooms.free(len(block)))
+            found = gather_rows(self._view, self.offsets(block), rooms.free(len(block)), checked=True)
             if self._scales is not None:
                 found *= self._scales.gather(block)
             yield from found.split(size)

@@ -76,11 +76,11 @@ def _table(atlas: FeatureAtlas) -> Table | None:
         seen.add(str(f.label))
         assert f.label is not None
         share = f"{f.label.precision:.0%} / {f.label.recall:.0%}"
-        rows.append((str(f.number), str(f.label), share, f"{f.density:.2%}", str(f.contexts[0])))
+        rows.append((str(f.label), str(f.contexts[0]), share, f"{f.density:.1%}", str(f.number)))
         if len(rows) == _SHOWN:
             break
     if not rows:
         return None
-    columns = ("feature", "label", "precision / recall", "fires at", "where it is largest")
+    columns = ("label", "where it is largest", "precision / recall", "fires at", "feature")
     note = "Precision and recall on text that did not choose the label; «» marks the token."
     return Table("Features with the surest labels", columns, tuple(rows), note)
