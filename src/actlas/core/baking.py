@@ -79,6 +79,8 @@ def _refusal(edit: Edit, why: str) -> InputError:
 def _fold(edit: ActivationEdit, site: Site, model: Model, changes: dict[int, _Change]) -> None:
     if edit.scope != Scope() or edit.condition is not None:
         raise _refusal(edit, "it depends on tokens, positions, phase, rows or a gate")
+    if isinstance(edit, Add) and edit.keep_norm:
+        raise _refusal(edit, "keeping the norm is not a linear map")
     tower = model.layout.tower(site.tower) if model.layout is not None else None
     if tower is None or site.block is None:
         raise _refusal(edit, f"no linear map is known before or after {site.name}")

@@ -26,6 +26,7 @@ from actlas.core.artifact import load_artifact, save_artifact
 from actlas.core.errors import ArtifactError, InputError, NonFiniteError, ShapeError
 from actlas.core.fingerprint import Fingerprint
 from actlas.core.layout import ATTENTION_KINDS
+from actlas.core.measurement import Measurement
 from actlas.core.scope import Condition, Phase, Scope, as_positions
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class Edit:
 
     #: The model it was made for, if known; checked when it is installed.
     fingerprint: Fingerprint | None = None
+    #: What was measured when it was fitted (effect, price, controls); saved with it. An edit that is
+    #: scaled, limited or combined is another edit and carries none.
+    measurements: tuple[Measurement, ...] = ()
 
     def parts(self) -> tuple[Edit, ...]:
         """Return the edits this one is composed of, in order; a simple edit is its own only part."""
@@ -120,7 +124,13 @@ class Edit:
             record, held = part._record()
             records.append({"type": type(part).__name__, **record})
             tensors |= {f"{i}.{name}": t for name, t in held.items()}
-        manifest = {"edits": records, "fingerprint": fingerprint.to_json(), "about": self.describe()}
+        manifest: dict[str, Any] = {
+            "edits": records,
+            "fingerprint": fingerprint.to_json(),
+            "about": self.describe(),
+        }
+        if self.measurements:
+            manifest["measurements"] = [m.to_json() for m in self.measurements]
         return save_artifact(path, "edit", manifest, tensors)
 
     @staticmethod
@@ -159,7 +169,20 @@ class Edit:
                     f"{path} holds an incomplete {record['type']} ({error}); save it again"
                 ) from error
         edit = parts[0] if len(parts) == 1 else Composition(tuple(parts))
+        try:
+            found = tuple(Measurement.from_json(m) for m in manifest.get("measurements", ()))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} holds unreadable measurements ({error}); save it again") from error
+        edit = edit.with_measurements(found) if found else edit
         return edit if force else edit.bind(fingerprint)
+
+    def with_measurements(self, measurements: Iterable[Measurement]) -> Edit:
+        """Return the same edit with what was measured about it."""
+        import copy
+
+        made = copy.copy(self)
+        object.__setattr__(made, "measurements", tuple(measurements))
+        return made
 
     def bind(self, fingerprint: Fingerprint) -> Edit:
         """Return the same edit, marked as made for a model; installing it elsewhere is refused."""

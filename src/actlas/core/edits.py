@@ -2,18 +2,20 @@
 
 Each is a small dataclass whose `value` is the activation under the full edit:
 
-    Add            x + v                       Replace     the given value
+    Add            x + v (norm kept if asked)  Replace     the given value
     Scale          c x                         ProjectOut  x - Q Q^T x  (Q spans the directions)
     Zero           0                           Clamp       min(max(x, low), high), or along a direction
     MeanAblate     the given mean              Substitute  lens.decode(lens.encode(x))
     Resample       an activation from another prompt
     HeadScale      c_h x_h for the named heads AttentionEdit  a change of pre-softmax scores
+    Rotate         x turned towards v by an angle
 
 Module edits (a submodule swapped for another) are in `actlas.core.swap`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,13 +42,52 @@ class Add(ActivationEdit):
 
     Attributes:
         vector: broadcasts against the site's features, e.g. `[d_model]` or `[heads, head_dim]`.
+        keep_norm: rescale the sum to the length of `x` (per token, over all of its features), so that
+            only the direction of the activation changes.
     """
 
     vector: Tensor
+    keep_norm: bool = False
     feature_fields: ClassVar[tuple[str, ...]] = ("vector",)
 
     def change(self, x: Tensor, here: Here) -> Tensor:
-        return x + self.strength * self.vector.to(x)
+        moved = x + self.strength * self.vector.to(x)
+        return with_length_of(x, moved, here.site) if self.keep_norm else moved
+
+
+@register_edit
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotate(ActivationEdit):
+    """Turn the activation towards a direction, in the plane of the two, keeping its length.
+
+        theta' = max(theta - strength * degrees, 0)         theta: the angle between x and the direction
+
+    A negative strength turns away from it (at most to the opposite direction). An activation that is
+    zero, or parallel to the direction, spans no plane with it and stays as it is.
+
+    Attributes:
+        vector: `[d]` (or the site's features), of any length.
+        degrees: the angle at strength 1.
+    """
+
+    vector: Tensor
+    degrees: float = 0.0
+    feature_fields: ClassVar[tuple[str, ...]] = ("vector",)
+
+    def change(self, x: Tensor, here: Here) -> Tensor:
+        count = 1 if here.site.features is None else len(here.site.features)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(-count)
+        unit = self.vector.to(wide).flatten()
+        unit = unit / unit.norm().clamp_min(1e-30)
+        length = wide.norm(dim=-1, keepdim=True)
+        along = (wide * unit).sum(-1, keepdim=True)
+        across = wide - along * unit
+        side = across.norm(dim=-1, keepdim=True)
+        angle = torch.atan2(side, along)
+        turned = (angle - self.strength * math.radians(self.degrees)).clamp(0.0, math.pi)
+        new = length * (turned.cos() * unit + turned.sin() * across / side.clamp_min(1e-30))
+        flat = side <= 1e-6 * length
+        return torch.where(flat, wide, new).to(x.dtype).reshape(x.shape)
 
 
 @register_edit
@@ -369,6 +410,16 @@ class AttentionEdit(ActivationEdit):
         return super()._rebuild(given, tensors)
 
 
+def with_length_of(x: Tensor, new: Tensor, site: Site) -> Tensor:
+    """Return `new` with the length that `x` has over the site's feature axes; zero rows stay zero."""
+    count = 1 if site.features is None else len(site.features)
+    axes = tuple(range(-count, 0))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    have = new.to(wide).norm(dim=axes, keepdim=True)
+    want = x.to(wide).norm(dim=axes, keepdim=True)
+    return (new.to(wide) * (want / have.clamp_min(1e-30))).to(x.dtype)
+
+
 def _numel(sizes: tuple[int, ...]) -> int:
     n = 1
     for s in sizes:
@@ -385,6 +436,7 @@ __all__ = [
     "ProjectOut",
     "Replace",
     "Resample",
+    "Rotate",
     "Scale",
     "Scope",
     "Substitute",

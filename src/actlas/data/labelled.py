@@ -40,7 +40,7 @@ def labelled(
         only_pairs: refuse labelled texts.
 
     Returns:
-        `Pair`s, or `(text, label)` with labels as numbers (true and false are 1 and 0).
+        `Pair`s (a `prompt` in a line is put before both texts unless they begin with it), or `(text, label)` with labels as numbers (true and false are 1 and 0).
 
     Raises:
         InputError: neither a task nor a readable file, a malformed line (named), mixed lines, or labels
@@ -92,6 +92,11 @@ def _item(line: str, where: str, id: str) -> Labelled | Pair:
             return first, float(second)
         if not isinstance(second, str) or not second.strip():
             raise InputError(f"{where}: {fields[1]!r} is not a text")
-        return Pair(id, first, second)
+        prompt = record.get("prompt") or ""
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}: 'prompt' is not a text")
+        if not (first.startswith(prompt) and second.startswith(prompt)):
+            first, second = prompt + first, prompt + second
+        return Pair(id, first, second, prompt=prompt)
     names = ", ".join(map(repr, record)) or "nothing"
     raise InputError(f"{where}: it has {names}; give 'text' and 'label', or 'positive' and 'negative'")

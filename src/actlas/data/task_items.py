@@ -165,9 +165,11 @@ class Pair:
         id: the id of the item it came from.
         positive, negative: the texts.
         group: the item's labels.
+        prompt: what both texts begin with, if that is known; else empty.
     """
 
     id: str
     positive: str
     negative: str
     group: Mapping[str, str] = field(default_factory=dict)
+    prompt: str = ""

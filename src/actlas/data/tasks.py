@@ -86,7 +86,7 @@ def pairs(source: Task) -> list[Pair]:
             texts = (item.stimulus, other.stimulus)
         else:
             texts = (other.stimulus, item.stimulus)
-        found.setdefault(texts, Pair(item.id, *texts, item.group))
+        found.setdefault(texts, Pair(item.id, *texts, item.group, item.prompt if contrast is None else ""))
     return list(found.values())
 
 
