@@ -282,7 +282,8 @@ def _pooled(trace: Any, site: Site, position: Where) -> Tensor:
         return pool(trace, site, position)
     x, mask = trace[site.name], trace.mask
     if mask is None or x.shape[:2] != mask.shape:
-        return x.flatten(1) if x.ndim == 2 else x.flatten(2)[:, -3:].mean(1)
+        last: Tensor = x.flatten(1) if x.ndim == 2 else x.flatten(2)[:, -3:].mean(1)
+        return last
     places = mask.cumsum(1) - 1
     weight = (mask & (places >= mask.sum(1, keepdim=True) - 3)).to(x.device, torch.float32)
     weight = weight / weight.sum(1, keepdim=True)
@@ -300,7 +301,8 @@ def _ordinary_norms(trace: Any, site: Site) -> Tensor:
     if site.kind in RESIDUAL_KINDS:
         massive = massive_rows(flat)
         flat = flat if bool(massive.all()) else flat[~massive]
-    return flat.norm(dim=-1).cpu()
+    norms: Tensor = flat.norm(dim=-1)
+    return norms.cpu()
 
 
 def _heads(site: Site) -> int | None:

@@ -54,8 +54,8 @@ class Direction(Lens):
         check_finite("Direction", vector=self.vector)
         if not float(self.vector.norm()) > 0:
             raise InputError(
-                f"the {self.method or 'fitted'} direction at {self.site} is zero: the two sides have the same "
-                "activations there; read at another position or site"
+                f"the {self.method or 'fitted'} direction at {self.site} is zero: the two sides have the "
+                "same activations there; read at another position or site"
             )
         if not self.reference > 0:
             raise InputError(f"the reference norm of a direction is {self.reference}; it must be above 0")
@@ -90,14 +90,15 @@ class Direction(Lens):
     @property
     def unit(self) -> Tensor:
         """The unit vector, float32 `[d]`."""
-        return self.vector / self.vector.norm()
+        unit: Tensor = self.vector / self.vector.norm()
+        return unit
 
     def score(self, x: Tensor) -> Tensor:
         """Return `(x . unit - midpoint) / reference`, `[...]` for activations `[..., d]`: above 0 is the
         positive side."""
         flat = self.flat(x)
-        along: Tensor = (flat @ self.unit.to(flat) - self.midpoint) / self.reference
-        return along
+        along: Tensor = flat @ self.unit.to(flat)
+        return (along - self.midpoint) / self.reference
 
     def direction(self, feature: int) -> Tensor:
         self.check_feature(feature)

@@ -417,7 +417,8 @@ def with_length_of(x: Tensor, new: Tensor, site: Site) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     have = new.to(wide).norm(dim=axes, keepdim=True)
     want = x.to(wide).norm(dim=axes, keepdim=True)
-    return (new.to(wide) * (want / have.clamp_min(1e-30))).to(x.dtype)
+    rescaled: Tensor = new.to(wide) * (want / have.clamp_min(1e-30))
+    return rescaled.to(x.dtype)
 
 
 def _numel(sizes: tuple[int, ...]) -> int:

@@ -40,7 +40,8 @@ def labelled(
         only_pairs: refuse labelled texts.
 
     Returns:
-        `Pair`s (a `prompt` in a line is put before both texts unless they begin with it), or `(text, label)` with labels as numbers (true and false are 1 and 0).
+        `Pair`s (a `prompt` in a line is put before both texts unless they begin with it), or
+        `(text, label)` with labels as numbers (true and false are 1 and 0).
 
     Raises:
         InputError: neither a task nor a readable file, a malformed line (named), mixed lines, or labels
