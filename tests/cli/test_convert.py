@@ -11,8 +11,11 @@ import torch
 
 from actlas.cli.main import COMMANDS
 from actlas.core.dictionary import Dictionary
+from actlas.core.edit import Edit
+from actlas.core.edits import Add
 from actlas.dictionaries.saelens import load_saelens, save_saelens
 from actlas.dictionaries.topk import TopKSAE
+from actlas.models import load
 
 Run = Callable[..., Any]
 
@@ -60,3 +63,36 @@ def test_bad_input(
     names = {"saelens": str(folder), "tiny": tiny, "wider": wider, "edit": vector}
     assert said in actlas("convert", *(a.format(**names) for a in arguments)).failed()
     assert not (tmp_path / "x").exists()
+
+
+def test_an_edit_becomes_a_control_vector_and_comes_back(actlas: Run, tiny: str, tmp_path: Path) -> None:
+    model = load(tiny)
+    v = torch.randn(model.d_model or 0)
+    Add("blocks.1.resid_post", v).save(tmp_path / "vec", model)
+    said = actlas("convert", tmp_path / "vec", "--model", tiny, "-o", tmp_path / "vec.gguf", "--json")
+    assert said.status == 0 and said.json["format"] == "control vector", said
+    said = actlas("convert", tmp_path / "vec.gguf", "--model", tiny, "-o", tmp_path / "again", "--json")
+    assert said.status == 0 and said.json["format"] == "edit", said
+    again = Edit.load(tmp_path / "again", model)
+    assert torch.equal(again.parts()[0].vector, v)  # type: ignore[attr-defined]
+    texts = [
+        actlas("generate", tiny, "the", "--edit", f"{tmp_path / name}*3", "--max-new-tokens", 4, "--json")
+        for name in ("vec", "vec.gguf")
+    ]
+    assert texts[0].json["edited"] == texts[1].json["edited"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{vec}", "-o", "v.gguf"], "give the model"),
+        (["nowhere.gguf", "--model", "{tiny}", "-o", "x"], "is not a file"),
+        (["{vec}", "--model", "{tiny}", "-o", "v.safetensors"], "written as .gguf"),
+    ],
+)
+def test_bad_control_vectors(actlas: Run, arguments: list[str], said: str, tiny: str, tmp_path: Path) -> None:
+    model = load(tiny)
+    Add("blocks.1.resid_post", torch.ones(model.d_model or 0)).save(tmp_path / "vec", model)
+    given = [a.format(vec=tmp_path / "vec", tiny=tiny) for a in arguments]
+    found = actlas("convert", *given)
+    assert found.status == 2 and said in found.err, found

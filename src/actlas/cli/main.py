@@ -33,7 +33,7 @@ COMMANDS = {
     "features": "Show what the features of a dictionary mean.",
     "evaluate": "Evaluate a dictionary with SAEBench's measures.",
     "judge": "Judge a dictionary on a task whose variables are known.",
-    "convert": "Turn a SAELens folder into a lens, or the reverse.",
+    "convert": "Turn SAELens or control-vector files into ours, or back.",
     "similarity": "Compare the layers of two models on the same tokens.",
     "select": "Choose the texts of a pool that are most like a few examples.",
     "methods": "List the methods that can be fitted.",

@@ -32,7 +32,7 @@ Edits = Annotated[
     typer.Option(
         "--edit",
         metavar="PATH[*STRENGTH]",
-        help="Install a saved edit, e.g. vec*4; a lens's feature is lens#3*4. Repeat for several.",
+        help="Install a saved edit or control vector, e.g. vec*4; a lens's feature is lens#3*4. Repeatable.",
     ),
 ]
 
@@ -129,6 +129,13 @@ def _load_edit(text: str, model: Model) -> Edit:
     from actlas.core.lens import Lens
 
     path, feature, strength = split_edit(text)
+    if path.suffix.lower() in (".gguf", ".safetensors") and not path.is_dir():
+        from actlas.steering.exchange import read_control_vector
+
+        if feature is not None:
+            raise InputError(f"{path} is a control vector, which has no features; leave out #{feature}")
+        vector = read_control_vector(path, model)
+        return vector if strength == 1.0 else vector * strength
     kind = load_artifact(path)[0]["kind"]
     if kind == "lens":
         return Lens.load(path, model).edit(feature or 0, strength)
