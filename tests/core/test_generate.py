@@ -10,9 +10,10 @@ from torch import Tensor
 
 from actlas.core.edit import Edit
 from actlas.core.edits import Add, AttentionEdit, HeadScale, ProjectOut, Replace, Resample, Scale, Zero
-from actlas.core.errors import InputError
+from actlas.core.errors import InputError, NonFiniteError
 from actlas.core.model import Model
 from tests.core.families import BY_NAME
+from tests.core.tiny import tiny
 
 V = torch.linspace(-2, 2, 32)
 SITE = "blocks.1.resid_post"
@@ -177,3 +178,11 @@ def test_compiled_modules_see_edits() -> None:
     torch.testing.assert_close(compiled.logits(ids), before)
     trace = compiled.trace(ids, [SITE])
     torch.testing.assert_close(trace[SITE], model.trace(ids, SITE)[SITE])
+
+
+def test_generation_stops_at_logits_that_are_not_finite() -> None:
+    model = tiny()
+    with pytest.raises(NonFiniteError, match=r"at new token 1 under Add at blocks.1.resid_post x 1e\+30"):
+        with model.edit(Add("blocks.1.resid_post", torch.full((model.d_model or 0,), 1e30)) * 1e30):
+            model.generate("one two", max_new_tokens=3)
+    assert model.installed == () and len(model.generate("one two", max_new_tokens=3).tokens[0]) > 0

@@ -26,6 +26,7 @@ COMMANDS = {
     "sites": "List where a model's activations can be read and edited.",
     "trace": "Look at activations and the logit lens.",
     "generate": "Generate text, with edits installed if you like.",
+    "serve": "Serve a model over HTTP, with edits per request, and a web page.",
     "measure": "Measure a model, with and without edits, side by side.",
     "calibrate": "Read a corpus once and save statistics of the activations.",
     "harvest": "Store the activations of a corpus on disk.",

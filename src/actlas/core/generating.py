@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actlas.core.edit import Edit
-from actlas.core.errors import InputError, ModelError
+from actlas.core.errors import InputError, ModelError, NonFiniteError
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -73,6 +73,7 @@ def generate(
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": options.get("top_k", 0)}
     if model.tokenizer is not None:
         settings.setdefault("pad_token_id", model._encoder.pad_id)
+    settings["logits_processor"] = [*(options.get("logits_processor") or []), _Finite(model, edits_by_row)]
     if on_token is not None:
         settings["streamer"] = _Streamer(on_token)
     with ExitStack() as stack:
@@ -130,6 +131,23 @@ def _generation(model: Model, inputs: Any, encoded: dict[str, Any], sequences: T
         texts = [model.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
     prompts = [inputs] if isinstance(inputs, str) else [p for p in inputs if isinstance(p, str)]
     return Generation(texts, tokens, prompts if not isinstance(inputs, dict) else [], sequences)
+
+
+class _Finite:
+    """Stops a generation whose logits have become NaN or infinite, and says under which edits."""
+
+    def __init__(self, model: Model, edits_by_row: Sequence[Edit | None] | None) -> None:
+        self._model, self._by_row = model, edits_by_row
+        self._steps = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._steps += 1
+        if not bool(torch.isfinite(scores.amax(-1)).all()):  # NaN, +inf, or nothing left to choose from
+            edits = [*self._model.installed, *(e for e in self._by_row or () if e is not None)]
+            under = " + ".join(dict.fromkeys(e.describe() for e in edits))
+            cause = f"under {under}; use a smaller strength" if under else "without any edit"
+            raise NonFiniteError(f"the logits are NaN or infinite at new token {self._steps} {cause}")
+        return scores
 
 
 class _Streamer:
