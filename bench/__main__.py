@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("startup", "kernels", "loading", "reading", "streaming", "harvest", "dictionaries")
+NAMES = ("startup", "kernels", "loading", "reading", "streaming", "harvest", "dictionaries", "steering")
 
 
 def main() -> int:
