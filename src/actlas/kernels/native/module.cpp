@@ -66,4 +66,5 @@ NB_MODULE(_native, m) {
         .def("add", &add, "values"_a, "counts"_a, "threads"_a = 1,
              "Count float32 values into int64 counts [2B + 1], in place.");
     actlas::bind_sparse_codes(m);
+    actlas::bind_decoder(m);
 }

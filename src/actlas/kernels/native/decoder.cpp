@@ -1,0 +1,248 @@
+#include "decoder.hpp"
+
+#include <cmath>
+
+namespace actlas {
+namespace {
+
+void rms_norm(const float *x, const float *gain, float *out, std::size_t d, float eps) {
+    float squares = 0.0f;
+    float parts[16] = {};
+    std::size_t i = 0;
+    for (; i + 16 <= d; i += 16) {
+        for (std::size_t l = 0; l < 16; ++l) parts[l] += x[i + l] * x[i + l];
+    }
+    for (; i < d; ++i) squares += x[i] * x[i];
+    for (float part : parts) squares += part;
+    const float factor = 1.0f / std::sqrt(squares / static_cast<float>(d) + eps);
+    for (i = 0; i < d; ++i) out[i] = gain[i] * (x[i] * factor);
+}
+
+float activated(float x, Activation kind) {
+    switch (kind) {
+        case Activation::silu: return x / (1.0f + std::exp(-x));
+        case Activation::gelu_tanh:
+            return 0.5f * x * (1.0f + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+        case Activation::gelu: return 0.5f * x * (1.0f + std::erf(x * 0.7071067811865476f));
+        case Activation::relu: return x > 0.0f ? x : 0.0f;
+        case Activation::relu_squared: return x > 0.0f ? x * x : 0.0f;
+    }
+    return x;
+}
+
+template <std::size_t lanes> ACTLAS_INLINE float dot(const float *a, const float *b, std::size_t d) {
+    using Floats = typename Vec<lanes>::Floats;
+    Floats sum{}, x, y;
+    std::size_t i = 0;
+    for (; i + lanes <= d; i += lanes) {
+        load(x, a + i);
+        load(y, b + i);
+        sum += x * y;
+    }
+    float total = 0.0f;
+    for (std::size_t l = 0; l < lanes; ++l) total += sum[l];
+    for (; i < d; ++i) total += a[i] * b[i];
+    return total;
+}
+
+// One head: softmax(q K^T scale) V over `count` cached positions.
+template <std::size_t lanes>
+ACTLAS_INLINE void one_head(const float *q, const float *keys, const float *values, float *scores, float *out,
+                            std::size_t count, std::size_t d, float scale) {
+    using Floats = typename Vec<lanes>::Floats;
+    float largest = -INFINITY;
+    for (std::size_t p = 0; p < count; ++p) {
+        scores[p] = dot<lanes>(q, keys + p * d, d) * scale;
+        largest = std::max(largest, scores[p]);
+    }
+    float total = 0.0f;
+    for (std::size_t p = 0; p < count; ++p) {
+        scores[p] = std::exp(scores[p] - largest);
+        total += scores[p];
+    }
+    const float inverse = 1.0f / total;
+    std::size_t i = 0;
+    for (; i + lanes <= d; i += lanes) {
+        Floats sum{}, v;
+        for (std::size_t p = 0; p < count; ++p) {
+            load(v, values + p * d + i);
+            sum += v * scores[p];
+        }
+        sum = sum * inverse;
+        store(out + i, sum);
+    }
+    for (; i < d; ++i) {
+        float sum = 0.0f;
+        for (std::size_t p = 0; p < count; ++p) sum += values[p * d + i] * scores[p];
+        out[i] = sum * inverse;
+    }
+}
+ACTLAS_FOR_LEVELS(one_head,
+                  (const float *q, const float *keys, const float *values, float *scores, float *out,
+                   std::size_t count, std::size_t d, float scale),
+                  (q, keys, values, scores, out, count, d, scale))
+
+std::size_t share(std::size_t n, int part, int parts) {
+    return n * static_cast<std::size_t>(part) / static_cast<std::size_t>(parts);
+}
+
+// A part of several linear layers of the same inputs, as if their rows were one list of blocks.
+struct Target {
+    const Linear *weights;
+    float *out;
+};
+
+void apply_share(const Target *targets, std::size_t count, const Inputs &in, int part, int parts, Level level) {
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < count; ++i) total += targets[i].weights->blocks();
+    const std::size_t from = share(total, part, parts), to = share(total, part + 1, parts);
+    std::size_t first = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::size_t n = targets[i].weights->blocks();
+        const std::size_t begin = std::max(from, first), end = std::min(to, first + n);
+        if (begin < end) {
+            apply_linear(*targets[i].weights, in, targets[i].out, targets[i].weights->rows, begin - first,
+                         end - first, level);
+        }
+        first += n;
+    }
+}
+
+}  // namespace
+
+void Decoder::Room::fit(std::size_t tokens, std::size_t columns) {
+    const std::size_t groups = (columns + kGroup - 1) / kGroup;
+    high.resize(tokens * columns);
+    low.resize(tokens * columns);
+    scale.resize(tokens * groups);
+    sum.resize(tokens * groups);
+    whole.resize(tokens * groups);
+}
+
+Inputs Decoder::Room::inputs(const float *x, std::size_t tokens, std::size_t columns, bool two) {
+    return {x, high.data(), two ? low.data() : nullptr, scale.data(), sum.data(), whole.data(), tokens, columns};
+}
+
+Decoder::Decoder(const DecoderShape &shape, const float *cosines, const float *sines, int threads, Level level)
+    : shape_(shape), cosines_(cosines), sines_(sines), level_(level),
+      cache_(shape.kv_heads * shape.length * shape.head_dim), team_(std::max(threads, 1)) {
+    const std::size_t t = kMostTokens, q = shape.heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
+    normed_.resize(t * shape.d);
+    query_.resize(t * q);
+    key_.resize(t * kv);
+    value_.resize(t * kv);
+    mixed_.resize(t * q);
+    inner_.resize(2 * t * shape.hidden);
+    out_.resize(t * shape.d);
+    narrow_.fit(t, shape.d);
+    wide_.fit(t, shape.hidden);
+    heads_.fit(t, q);
+    scores_.assign(static_cast<std::size_t>(team_.size()), std::vector<float>(shape.length));
+}
+
+void Decoder::add(const BlockWeights &block) {
+    blocks_.push_back(block);
+    keys_.resize(blocks_.size() * cache_);
+    values_.resize(blocks_.size() * cache_);
+}
+
+void Decoder::head(const Linear &weights, const float *norm) {
+    head_ = weights;
+    final_norm_ = norm;
+}
+
+Inputs Decoder::prepared(Room &room, const float *x, std::size_t tokens, std::size_t columns, bool packed) {
+    const Inputs in = room.inputs(x, tokens, columns, shape_.two_bytes);
+    if (packed) quantise(in, level_);
+    return in;
+}
+
+void Decoder::rotate(const BlockWeights &w, std::size_t block, std::size_t tokens, std::size_t position) {
+    const std::size_t d = shape_.head_dim, half = d / 2;
+    float *keys = this->keys(block), *values = this->values(block);
+    for (std::size_t t = 0; t < tokens; ++t) {
+        const float *cosine = cosines_ + (position + t) * half, *sine = sines_ + (position + t) * half;
+        const auto turn = [&](float *x, const float *gain) {
+            if (gain) rms_norm(x, gain, x, d, shape_.eps);
+            for (std::size_t i = 0; i < half; ++i) {
+                const float a = x[i], b = x[i + half];
+                x[i] = a * cosine[i] - b * sine[i];
+                x[i + half] = b * cosine[i] + a * sine[i];
+            }
+        };
+        for (std::size_t h = 0; h < shape_.heads; ++h) turn(&query_[(t * shape_.heads + h) * d], w.q_norm);
+        for (std::size_t h = 0; h < shape_.kv_heads; ++h) {
+            float *k = &key_[(t * shape_.kv_heads + h) * d];
+            turn(k, w.k_norm);
+            std::memcpy(keys + (h * shape_.length + position + t) * d, k, d * sizeof(float));
+            std::memcpy(values + (h * shape_.length + position + t) * d, &value_[(t * shape_.kv_heads + h) * d],
+                        d * sizeof(float));
+        }
+    }
+}
+
+void Decoder::attention(std::size_t block, std::size_t tokens, std::size_t position) {
+    const std::size_t d = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
+    const auto head = one_head_for(level_);
+    team_.run([&](int part, int parts) {
+        const std::size_t total = tokens * shape_.heads;
+        float *scores = scores_[static_cast<std::size_t>(part)].data();
+        for (std::size_t i = share(total, part, parts); i < share(total, part + 1, parts); ++i) {
+            const std::size_t t = i / shape_.heads, h = i % shape_.heads, offset = h / group * shape_.length * d;
+            head(&query_[i * d], keys(block) + offset, values(block) + offset, scores, &mixed_[i * d],
+                 position + t + 1, d, shape_.attention_scale);
+        }
+    });
+}
+
+void Decoder::run(float *x, std::size_t tokens, std::size_t position, std::size_t begin, std::size_t end) {
+    const std::size_t d = shape_.d, hidden = shape_.hidden, q = shape_.heads * shape_.head_dim;
+    const auto packed = [](const Linear &w) { return w.format != Format::f32; };
+    for (std::size_t b = begin; b < end; ++b) {
+        const BlockWeights &w = blocks_[b];
+        for (std::size_t t = 0; t < tokens; ++t) {
+            rms_norm(x + t * d, w.attention_norm, &normed_[t * d], d, shape_.eps);
+        }
+        const Inputs first =
+            prepared(narrow_, normed_.data(), tokens, d, packed(w.q) || packed(w.k) || packed(w.v));
+        const Target three[] = {{&w.q, query_.data()}, {&w.k, key_.data()}, {&w.v, value_.data()}};
+        team_.run([&](int part, int parts) { apply_share(three, 3, first, part, parts, level_); });
+        rotate(w, b, tokens, position);
+        attention(b, tokens, position);
+
+        const Inputs second = prepared(heads_, mixed_.data(), tokens, q, packed(w.o));
+        const Target output[] = {{&w.o, out_.data()}};
+        team_.run([&](int part, int parts) { apply_share(output, 1, second, part, parts, level_); });
+        for (std::size_t i = 0; i < tokens * d; ++i) x[i] += out_[i];
+
+        for (std::size_t t = 0; t < tokens; ++t) {
+            rms_norm(x + t * d, w.mlp_norm, &normed_[t * d], d, shape_.eps);
+        }
+        const Inputs third = prepared(narrow_, normed_.data(), tokens, d, packed(w.gate) || packed(w.up));
+        float *gate = inner_.data(), *up = inner_.data() + kMostTokens * hidden;
+        team_.run([&](int part, int parts) {
+            const std::size_t n = w.gate.blocks();
+            const std::size_t from = share(n, part, parts), to = share(n, part + 1, parts);
+            apply_linear(w.gate, third, gate, hidden, from, to, level_);
+            apply_linear(w.up, third, up, hidden, from, to, level_);
+            for (std::size_t t = 0; t < tokens; ++t) {
+                for (std::size_t i = from * kRows; i < std::min(to * kRows, hidden); ++i) {
+                    gate[t * hidden + i] = activated(gate[t * hidden + i], shape_.activation) * up[t * hidden + i];
+                }
+            }
+        });
+        const Inputs fourth = prepared(wide_, gate, tokens, hidden, packed(w.down));
+        const Target down[] = {{&w.down, out_.data()}};
+        team_.run([&](int part, int parts) { apply_share(down, 1, fourth, part, parts, level_); });
+        for (std::size_t i = 0; i < tokens * d; ++i) x[i] += out_[i];
+    }
+}
+
+void Decoder::logits(const float *x, float *out) {
+    rms_norm(x, final_norm_, normed_.data(), shape_.d, shape_.eps);
+    const Inputs in = prepared(narrow_, normed_.data(), 1, shape_.d, head_.format != Format::f32);
+    const Target target[] = {{&head_, out}};
+    team_.run([&](int part, int parts) { apply_share(target, 1, in, part, parts, level_); });
+}
+
+}  // namespace actlas
