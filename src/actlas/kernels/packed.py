@@ -91,18 +91,8 @@ def pack(weight: Tensor, format: Format = "q4", bias: Tensor | None = None) -> P
     """
     if format not in ("f32", "q8", "q4"):
         raise InputError(f"format is {format!r}; it must be 'f32', 'q8' or 'q4'")
-    if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
-        raise ShapeError(
-            f"a weight is a float matrix [rows, columns], not {weight.dtype} {list(weight.shape)}"
-        )
-    rows, columns = weight.shape
-    if format != "f32" and columns % GROUP:
-        raise InputError(
-            f"a weight of {columns} columns cannot be packed as {format}; it needs a multiple of {GROUP}"
-        )
-    w = weight.detach().to("cpu", torch.float32).contiguous()
-    if not bool(torch.isfinite(w.sum(0)).all()):
-        raise NonFiniteError("the weight holds NaN or infinity; all must be finite")
+    w = check_weight(weight, format)
+    rows, columns = w.shape
     b = None if bias is None else bias.detach().to("cpu", torch.float32).contiguous()
     if format == "f32":
         return Packed("f32", w.view(torch.uint8).flatten(), rows, columns, b)
@@ -120,6 +110,27 @@ def pack(weight: Tensor, format: Format = "q4", bias: Tensor | None = None) -> P
         nibbles = bytes_[..., :4, :] | (bytes_[..., 4:, :] << 4)
         parts = [nibbles.flatten(-2), _half_bytes(scale), _half_bytes(minimum)]
     return Packed(format, torch.cat(parts, -1).flatten().contiguous(), rows, columns, b)
+
+
+def check_weight(weight: Tensor, format: Format) -> Tensor:
+    """Return a weight as a contiguous float32 matrix on the CPU.
+
+    Raises:
+        ShapeError, InputError, NonFiniteError: as `pack`.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise ShapeError(
+            f"a weight is a float matrix [rows, columns], not {weight.dtype} {list(weight.shape)}"
+        )
+    columns = weight.shape[1]
+    if format != "f32" and columns % GROUP:
+        raise InputError(
+            f"a weight of {columns} columns cannot be packed as {format}; it needs a multiple of {GROUP}"
+        )
+    w = weight.detach().to("cpu", torch.float32).contiguous()
+    if not bool(torch.isfinite(w.sum(0)).all()):
+        raise NonFiniteError("the weight holds NaN or infinity; all must be finite")
+    return w
 
 
 def packed_product(w: Packed, x: Tensor, *, two_bytes: bool = True, level: str = "best") -> Tensor:

@@ -8,9 +8,10 @@ else costs time. The blocks run in native code (`kernels/native/decoder.cpp`) on
 with float32 weights (the model's own memory) or packed ones (`kernels/packed.py`). With float32 weights the
 tokens are those of transformers' greedy decoding on the same weights, up to the rounding of sums.
 
-Edits at `blocks.{i}.resid_post`, `blocks.{i}.resid_pre` and `embed` apply between the blocks. Other edits,
-other architectures and machines without native code are refused with the reason (`why_not`); the caller then
-uses `model.generate`.
+Edits at `blocks.{i}.resid_post`, `blocks.{i}.resid_pre` and `embed` apply between the blocks, and layers that
+skip inputs (`SkipInputs`) read only the columns of the others; see `decoder_edits.py`. Other edits, other
+architectures and machines without native code are refused with the reason (`why_not`); the caller then uses
+`model.generate`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from actlas.core.errors import InputError, ModelError
+from actlas.core.installation import Installation
 from actlas.core.layout import find, join
+from actlas.kernels.columns import pack_columns
 from actlas.kernels.loading import native
 from actlas.kernels.packed import GROUP, Format, Packed, pack
+from actlas.models.decoder_edits import LAYERS, new_generation, new_pass, plan
 
 if TYPE_CHECKING:
+    from actlas.core.edit import Edit
     from actlas.core.model import Model
 
 Weights = Literal["f32", "q8", "q4"]
@@ -88,10 +93,12 @@ class FastDecoder:
         head: format of the output head; default: `"f32"` with float32 weights, else `"q8"`.
         length: the most tokens, prompt included; default: the model's context, at most 2048.
         threads: default: torch's, at most two.
+        edits: edits that apply to everything that this decoder runs.
         two_bytes: round activations to two bytes for packed weights, else to one (llama.cpp's way).
 
     Raises:
         ModelError: the model cannot run here, with the reason.
+        InputError: an edit that the loop cannot carry.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class FastDecoder:
         length: int | None = None,
         threads: int | None = None,
         two_bytes: bool = True,
+        edits: Sequence[Edit] = (),
     ) -> None:
         reason = why_not(model)
         if reason is not None:
@@ -110,6 +118,9 @@ class FastDecoder:
         from actlas.kernels.loading import threads as most_threads
 
         self.model, self.weights = model, weights
+        self._plan = plan(model, edits)
+        self._installation = Installation(model, ())
+        self._stops = self._plan.boundaries(model.n_blocks or 0)
         limit = model.context_length or 2048
         self.length = min(length or 2048, limit)
         tower = model.tower
@@ -129,8 +140,18 @@ class FastDecoder:
         )  # fmt: skip
         for i, packed in enumerate(self.layers.blocks):
             block = _block(model, i)
+            handles = {name: packed[name].handle() for name in LAYERS}
+            for name, handle in handles.items():
+                threshold = self._plan.thresholds.get((i, name))
+                if threshold is not None and packed[name].columns % GROUP == 0:
+                    columns = pack_columns(_linear(block, name).weight.data, packed[name].format)
+                    handle.set_sparse(columns.format, columns.data, threshold)
+                elif threshold is not None:
+                    raise ModelError(
+                        f"{name} of block {i} has {packed[name].columns} inputs; skipping needs {GROUP} n"
+                    )
             self._native.add(
-                *(packed[name].handle() for name in ("q", "k", "v", "o", "gate", "up", "down")),
+                *handles.values(),
                 _gain(block.input_layernorm), _gain(block.post_attention_layernorm),
                 *(_gain(getattr(block.self_attn, name, None)) for name in ("q_norm", "k_norm")),
             )  # fmt: skip
@@ -139,6 +160,13 @@ class FastDecoder:
         self._native.head(self.layers.head.handle(), _gain(norm))
         self._logits = torch.empty(self.layers.head.rows)
         self.position = 0
+        self._generation = new_generation(0)
+
+    @property
+    def skipped(self) -> float:
+        """Share of the inputs of sparse layers that were skipped so far (one token at a time), or NaN."""
+        read, skipped = self._native.inputs_read, self._native.inputs_skipped
+        return skipped / (read + skipped) if read + skipped else float("nan")
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -148,6 +176,8 @@ class FastDecoder:
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Take the next tokens into the cache and return the logits after the last, `[vocabulary]`.
+
+        The first tokens after a `reset` are the prompt.
 
         Raises:
             InputError: no tokens, or more than the cache holds.
@@ -160,14 +190,27 @@ class FastDecoder:
             )
         module: Any = self.model.module
         table = module.get_input_embeddings().weight
-        x = torch.empty(0)
-        for start in range(0, len(ids), _AT_ONCE):
-            part = torch.tensor(ids[start : start + _AT_ONCE])
-            x = table[part].detach().float().contiguous()
-            self._native.run(x, self.position, 0, self._n)
-            self.position += len(part)
+        if self.position == 0:
+            self._generation, skip = new_generation(len(ids)), self._plan.skip_prompt
+        else:
+            skip = True
+        x = table[torch.tensor(list(ids))].detach().float().contiguous()
+        x = self._blocks(x, list(ids), skip)
+        self.position += len(ids)
         self._native.logits(x[-1].contiguous(), self._logits, self.layers.head.rows)
         return self._logits
+
+    def _blocks(self, x: Tensor, ids: list[int], skip: bool) -> Tensor:
+        """Run all blocks on the rows of x, a few at a time, and the edits between blocks on all of them."""
+        run = new_pass(ids, self.position, self._generation) if self._plan.steps else None
+        begin = 0
+        for stop in self._stops:
+            for start in range(0, len(ids), _AT_ONCE):
+                self._native.run(x[start : start + _AT_ONCE], self.position + start, begin, stop, skip)
+            if run is not None:
+                x = self._plan.apply(x.unsqueeze(0), stop, run, self._installation)[0].contiguous()
+            begin = stop
+        return x
 
     def greedy(self, ids: Sequence[int], n: int, ends: frozenset[int] = frozenset()) -> Iterator[int]:
         """Yield up to `n` greedy tokens after a prompt; an end token is yielded and ends it."""
@@ -188,17 +231,7 @@ def pack_layers(model: Model, weights: Format, head: Format) -> Layers:
     blocks = []
     for i in range(tower.n_blocks):
         block = _block(model, i)
-        attention, mlp = block.self_attn, block.mlp
-        blocks.append(
-            {
-                name: _packed(layer, weights)
-                for name, layer in (
-                    ("q", attention.q_proj), ("k", attention.k_proj), ("v", attention.v_proj),
-                    ("o", attention.o_proj), ("gate", mlp.gate_proj), ("up", mlp.up_proj),
-                    ("down", mlp.down_proj),
-                )
-            }
-        )  # fmt: skip
+        blocks.append({name: _packed(_linear(block, name), weights) for name in LAYERS})
     unembed = model.unembed_module
     assert unembed is not None
     return Layers(blocks, _packed(unembed, head))
@@ -210,6 +243,10 @@ def _packed(layer: nn.Module, format: Format) -> Packed:
     if weight.shape[1] % GROUP:
         format = "f32"
     return pack(weight.data, format, None if bias is None else bias.data)
+
+
+def _linear(block: Any, name: str) -> Any:
+    return getattr(block.self_attn if name in ("q", "k", "v", "o") else block.mlp, f"{name}_proj")
 
 
 def _block(model: Model, i: int) -> Any:

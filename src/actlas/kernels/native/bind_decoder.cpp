@@ -2,6 +2,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.hpp"
+#include "columns.hpp"
 #include "decoder.hpp"
 
 namespace actlas {
@@ -14,7 +15,31 @@ using MaybeVector = std::optional<Vector<float>>;
 // A linear layer as Python describes it: format, data (bytes, or float32 rows), rows, columns, bias.
 struct Given {
     Linear linear;
+    Columns columns;
+    const float *threshold = nullptr;
+
+    Layer layer() const { return {linear, columns, threshold}; }
 };
+
+ColumnFormat column_format(const std::string &name) {
+    require(name == "f32" || name == "bf16" || name == "q8" || name == "q4", "format must be f32, bf16, q8 or q4");
+    return name == "q4" ? ColumnFormat::q4 : name == "q8" ? ColumnFormat::q8
+           : name == "bf16" ? ColumnFormat::bf16 : ColumnFormat::f32;
+}
+
+// Lets a layer skip inputs: its weight by columns too, and a threshold for each input.
+void set_sparse(Given &w, const std::string &format, Bytes data, Vector<float> threshold) {
+    Columns c;
+    c.format = column_format(format);
+    c.data = data.data();
+    c.rows = w.linear.rows;
+    c.columns = w.linear.columns;
+    require(c.columns % kGroup == 0, "layers that skip inputs have a multiple of 32 columns");
+    require(data.shape(0) == c.bytes(), "the data has not the size of its format");
+    require(threshold.shape(0) == c.columns, "threshold must be [columns]");
+    w.columns = c;
+    w.threshold = threshold.data();
+}
 
 Given packed_linear(const std::string &format, Bytes data, std::size_t rows, std::size_t columns,
                     MaybeVector bias) {
@@ -54,6 +79,41 @@ void product(const Given &w, Table<const float> x, Table<float> out, bool two_by
         split(l.blocks(), l.columns * kRows, threads, [&](std::size_t begin, std::size_t end) {
             apply_linear(l, in, out.data() + t * l.rows, l.rows, begin, end, best);
         });
+    }
+}
+
+void column_product(const std::string &format, Bytes data, std::size_t rows, std::size_t columns,
+                    Vector<const float> x, Vector<float> out, bool two_bytes, int threads, const std::string &level) {
+    Columns w;
+    w.format = column_format(format);
+    w.data = data.data();
+    w.rows = rows;
+    w.columns = columns;
+    const bool packed = w.format == ColumnFormat::q4 || w.format == ColumnFormat::q8;
+    require(!packed || columns % kGroup == 0, "packed columns come in groups of 32");
+    require(data.shape(0) == w.bytes(), "the data has not the size of its format");
+    require(x.shape(0) == columns && out.shape(0) == rows, "x must be [columns], out [rows]");
+    const Level best = level_named(level);
+    nb::gil_scoped_release released;
+    const std::size_t groups = (columns + kGroup - 1) / kGroup;
+    std::vector<std::int32_t> active(columns + 1), starts(groups + 1), whole(groups);
+    std::vector<std::int8_t> high(columns), low(columns);
+    std::vector<float> scale(groups), sum(groups);
+    const Inputs in{x.data(), high.data(), two_bytes ? low.data() : nullptr, scale.data(), sum.data(), whole.data(),
+                    1, columns};
+    if (packed) quantise(in, best);
+    const std::size_t count = find_active(x.data(), columns, active.data(), starts.data());
+    constexpr std::size_t kSmall = 1 << 18;
+    const std::size_t parts = count * rows < kSmall ? 1 : static_cast<std::size_t>(std::max(threads, 1));
+    std::vector<std::vector<float>> sums(parts, std::vector<float>(w.padded()));
+    run_parts(parts, [&](std::size_t i) {
+        add_columns(w, in, active.data(), starts.data(), groups * i / parts, groups * (i + 1) / parts,
+                    sums[i].data(), best);
+    });
+    for (std::size_t r = 0; r < rows; ++r) {
+        float total = 0.0f;
+        for (const auto &part : sums) total += part[r];
+        out.data()[r] = total;
     }
 }
 
@@ -97,18 +157,23 @@ void add_block(Decoder &decoder, const Given &q, const Given &k, const Given &v,
     require(attention_norm.shape(0) == s.d && mlp_norm.shape(0) == s.d, "norms must be [d]");
     require((!q_norm || q_norm->shape(0) == s.head_dim) && (!k_norm || k_norm->shape(0) == s.head_dim),
             "head norms must be [head_dim]");
-    decoder.add({q.linear, k.linear, v.linear, o.linear, gate.linear, up.linear, down.linear, attention_norm.data(),
-                 mlp_norm.data(), q_norm ? q_norm->data() : nullptr, k_norm ? k_norm->data() : nullptr});
+    decoder.add({q.layer(), k.layer(), v.layer(), o.layer(), gate.layer(), up.layer(), down.layer(),
+                 attention_norm.data(), mlp_norm.data(), q_norm ? q_norm->data() : nullptr,
+                 k_norm ? k_norm->data() : nullptr});
 }
 
 }  // namespace
 
 void bind_decoder(nb::module_ &m) {
     m.attr("has_vnni") = nb::bool_(has_vnni());
-    nb::class_<Given>(m, "PackedLinear").def_ro_static("group", &kGroup);
+    nb::class_<Given>(m, "PackedLinear")
+        .def("set_sparse", &set_sparse, "format"_a, "data"_a, "threshold"_a, nb::keep_alive<1, 3>(),
+             nb::keep_alive<1, 4>());
     m.def("packed_linear", &packed_linear, "format"_a, "data"_a, "rows"_a, "columns"_a, "bias"_a.none(),
           nb::keep_alive<0, 2>(), nb::keep_alive<0, 5>());
     m.def("packed_product", &product, "w"_a, "x"_a, "out"_a, "two_bytes"_a, "threads"_a, "level"_a);
+    m.def("column_product", &column_product, "format"_a, "data"_a, "rows"_a, "columns"_a, "x"_a, "out"_a,
+          "two_bytes"_a, "threads"_a, "level"_a);
     nb::class_<Decoder>(m, "Decoder")
         .def_static("make", &make_decoder, "d"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "hidden"_a, "length"_a,
                     "eps"_a, "scale"_a, "activation"_a, "two_bytes"_a, "cosines"_a, "sines"_a, "threads"_a, "level"_a,
@@ -126,15 +191,16 @@ void bind_decoder(nb::module_ &m) {
              },
              "w"_a, "norm"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def("run",
-             [](Decoder &decoder, Table<float> x, std::size_t position, std::size_t begin, std::size_t end) {
+             [](Decoder &decoder, Table<float> x, std::size_t position, std::size_t begin, std::size_t end,
+                bool skip) {
                  const DecoderShape &s = decoder.shape();
                  require(x.shape(1) == s.d && x.shape(0) >= 1 && x.shape(0) <= kMostTokens, "x must be [1 to 8, d]");
                  require(position + x.shape(0) <= s.length, "the cache is full");
                  require(begin <= end && end <= decoder.blocks(), "no such blocks");
                  nb::gil_scoped_release released;
-                 decoder.run(x.data(), x.shape(0), position, begin, end);
+                 decoder.run(x.data(), x.shape(0), position, begin, end, skip);
              },
-             "x"_a, "position"_a, "begin"_a, "end"_a)
+             "x"_a, "position"_a, "begin"_a, "end"_a, "skip"_a)
         .def("logits",
              [](Decoder &decoder, Vector<float> x, Vector<float> out, std::size_t rows) {
                  require(x.shape(0) == decoder.shape().d && out.shape(0) == rows, "x must be [d], out [vocabulary]");
@@ -142,6 +208,8 @@ void bind_decoder(nb::module_ &m) {
                  decoder.logits(x.data(), out.data());
              },
              "x"_a, "out"_a, "rows"_a)
+        .def_prop_ro("inputs_read", &Decoder::inputs_read)
+        .def_prop_ro("inputs_skipped", &Decoder::inputs_skipped)
         .def("cache",
              [](Decoder &decoder, std::size_t block, bool values) {
                  require(block < decoder.blocks(), "no such block");

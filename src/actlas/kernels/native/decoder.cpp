@@ -137,6 +137,12 @@ Decoder::Decoder(const DecoderShape &shape, const float *cosines, const float *s
     narrow_.fit(t, shape.d);
     wide_.fit(t, shape.hidden);
     heads_.fit(t, q);
+    const std::size_t widest = std::max({shape.d, q, shape.hidden});
+    masked_.resize(widest * t);
+    masked_room_.fit(t, widest);
+    active_.resize(widest + 1);
+    starts_.resize(widest / kGroup + 2);
+    partial_.assign(static_cast<std::size_t>(team_.size()), {});
     scores_.assign(static_cast<std::size_t>(team_.size()), std::vector<float>(shape.length));
 }
 
@@ -195,45 +201,122 @@ void Decoder::attention(std::size_t block, std::size_t tokens, std::size_t posit
     });
 }
 
-void Decoder::run(float *x, std::size_t tokens, std::size_t position, std::size_t begin, std::size_t end) {
-    const std::size_t d = shape_.d, hidden = shape_.hidden, q = shape_.heads * shape_.head_dim;
-    const auto packed = [](const Linear &w) { return w.format != Format::f32; };
+// One token, one layer: the threads share out the active columns, and their sums are added up.
+void Decoder::sparse_layer(const Layer &layer, float *out, const float *x) {
+    const Columns &w = layer.columns;
+    const std::size_t n = w.columns, groups = (n + kGroup - 1) / kGroup, padded = w.padded();
+    for (std::size_t i = 0; i < n; ++i) masked_[i] = std::fabs(x[i]) >= layer.threshold[i] ? x[i] : 0.0f;
+    const bool packed = w.format == ColumnFormat::q8 || w.format == ColumnFormat::q4;
+    const Inputs in = prepared(masked_room_, masked_.data(), 1, n, packed);
+    const std::size_t count = find_active(masked_.data(), n, active_.data(), starts_.data());
+    read_ += count;
+    skipped_ += n - count;
+    team_.run([&](int part, int parts) {
+        std::vector<float> &sums = partial_[static_cast<std::size_t>(part)];
+        sums.assign(padded, 0.0f);
+        // Equal numbers of active columns for each thread, in whole groups.
+        const auto edge = [&](int which) {
+            const auto wanted = static_cast<std::int32_t>(share(count, which, parts));
+            if (which == parts) return groups;
+            std::size_t g = 0;
+            while (g < groups && starts_[g] < wanted) ++g;
+            return g;
+        };
+        add_columns(w, in, active_.data(), starts_.data(), edge(part), edge(part + 1), sums.data(), level_);
+    });
+    const float *bias = layer.whole.bias;
+    for (std::size_t r = 0; r < w.rows; ++r) {
+        float total = bias ? bias[r] : 0.0f;
+        for (const auto &part : partial_) total += part[r];
+        out[r] = total;
+    }
+}
+
+// Several layers of the same inputs [tokens, columns]. Dense ones go together; sparse ones one by one.
+void Decoder::layers(const Layer *const *layers, float *const *outs, std::size_t count, Room &room, const float *x,
+                     std::size_t tokens) {
+    Target targets[3];
+    std::size_t dense = 0;
+    bool packed = false;
+    for (std::size_t i = 0; i < count; ++i) {
+        if (sparse(*layers[i])) continue;
+        targets[dense++] = {&layers[i]->whole, outs[i]};
+        packed = packed || layers[i]->whole.format != Format::f32;
+    }
+    if (dense > 0) {
+        const Inputs in = prepared(room, x, tokens, layers[0]->whole.columns, packed);
+        team_.run([&](int part, int parts) { apply_share(targets, dense, in, part, parts, level_); });
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+        if (!sparse(*layers[i])) continue;
+        const std::size_t n = layers[i]->whole.columns;
+        if (tokens == 1) {
+            sparse_layer(*layers[i], outs[i], x);
+            continue;
+        }
+        for (std::size_t t = 0; t < tokens; ++t) {
+            for (std::size_t c = 0; c < n; ++c) {
+                const float value = x[t * n + c];
+                masked_[t * n + c] = std::fabs(value) >= layers[i]->threshold[c] ? value : 0.0f;
+            }
+        }
+        const Target target[] = {{&layers[i]->whole, outs[i]}};
+        const Inputs in =
+            prepared(masked_room_, masked_.data(), tokens, n, layers[i]->whole.format != Format::f32);
+        team_.run([&](int part, int parts) { apply_share(target, 1, in, part, parts, level_); });
+    }
+}
+
+void Decoder::run(float *x, std::size_t tokens, std::size_t position, std::size_t begin, std::size_t end,
+                  bool skip) {
+    skip_ = skip;
+    const std::size_t d = shape_.d, hidden = shape_.hidden;
     for (std::size_t b = begin; b < end; ++b) {
         const BlockWeights &w = blocks_[b];
         for (std::size_t t = 0; t < tokens; ++t) {
             rms_norm(x + t * d, w.attention_norm, &normed_[t * d], d, shape_.eps);
         }
-        const Inputs first =
-            prepared(narrow_, normed_.data(), tokens, d, packed(w.q) || packed(w.k) || packed(w.v));
-        const Target three[] = {{&w.q, query_.data()}, {&w.k, key_.data()}, {&w.v, value_.data()}};
-        team_.run([&](int part, int parts) { apply_share(three, 3, first, part, parts, level_); });
+        const Layer *const three[] = {&w.q, &w.k, &w.v};
+        float *const into[] = {query_.data(), key_.data(), value_.data()};
+        layers(three, into, 3, narrow_, normed_.data(), tokens);
         rotate(w, b, tokens, position);
         attention(b, tokens, position);
 
-        const Inputs second = prepared(heads_, mixed_.data(), tokens, q, packed(w.o));
-        const Target output[] = {{&w.o, out_.data()}};
-        team_.run([&](int part, int parts) { apply_share(output, 1, second, part, parts, level_); });
+        const Layer *const output[] = {&w.o};
+        float *const out[] = {out_.data()};
+        layers(output, out, 1, heads_, mixed_.data(), tokens);
         for (std::size_t i = 0; i < tokens * d; ++i) x[i] += out_[i];
 
         for (std::size_t t = 0; t < tokens; ++t) {
             rms_norm(x + t * d, w.mlp_norm, &normed_[t * d], d, shape_.eps);
         }
-        const Inputs third = prepared(narrow_, normed_.data(), tokens, d, packed(w.gate) || packed(w.up));
         float *gate = inner_.data(), *up = inner_.data() + kMostTokens * hidden;
-        team_.run([&](int part, int parts) {
-            const std::size_t n = w.gate.blocks();
-            const std::size_t from = share(n, part, parts), to = share(n, part + 1, parts);
-            apply_linear(w.gate, third, gate, hidden, from, to, level_);
-            apply_linear(w.up, third, up, hidden, from, to, level_);
+        const auto multiply = [&](std::size_t from, std::size_t to) {
             for (std::size_t t = 0; t < tokens; ++t) {
-                for (std::size_t i = from * kRows; i < std::min(to * kRows, hidden); ++i) {
+                for (std::size_t i = from; i < to; ++i) {
                     gate[t * hidden + i] = activated(gate[t * hidden + i], shape_.activation) * up[t * hidden + i];
                 }
             }
-        });
-        const Inputs fourth = prepared(wide_, gate, tokens, hidden, packed(w.down));
-        const Target down[] = {{&w.down, out_.data()}};
-        team_.run([&](int part, int parts) { apply_share(down, 1, fourth, part, parts, level_); });
+        };
+        if (sparse(w.gate) || sparse(w.up)) {
+            const Layer *const two[] = {&w.gate, &w.up};
+            float *const pair[] = {gate, up};
+            layers(two, pair, 2, narrow_, normed_.data(), tokens);
+            multiply(0, hidden);
+        } else {  // one meeting of the threads: each multiplies the rows that it computed
+            const Linear &first = w.gate.whole, &second = w.up.whole;
+            const Inputs in = prepared(narrow_, normed_.data(), tokens, d,
+                                       first.format != Format::f32 || second.format != Format::f32);
+            team_.run([&](int part, int parts) {
+                const std::size_t n = first.blocks();
+                const std::size_t from = share(n, part, parts), to = share(n, part + 1, parts);
+                apply_linear(first, in, gate, hidden, from, to, level_);
+                apply_linear(second, in, up, hidden, from, to, level_);
+                multiply(from * kRows, std::min(to * kRows, hidden));
+            });
+        }
+        const Layer *const down[] = {&w.down};
+        layers(down, out, 1, wide_, gate, tokens);
         for (std::size_t i = 0; i < tokens * d; ++i) x[i] += out_[i];
     }
 }

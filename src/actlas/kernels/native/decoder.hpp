@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "columns.hpp"
 #include "packed.hpp"
 #include "team.hpp"
 
@@ -16,8 +17,16 @@ namespace actlas {
 
 enum class Activation { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3, relu_squared = 4 };
 
+// A linear layer of a block. Where it has columns and thresholds, inputs with |x_i| < threshold_i are skipped;
+// one token at a time reads only the active columns, several read the whole weight.
+struct Layer {
+    Linear whole;
+    Columns columns;
+    const float *threshold = nullptr;  // [columns], or null: dense
+};
+
 struct BlockWeights {
-    Linear q, k, v, o, gate, up, down;
+    Layer q, k, v, o, gate, up, down;
     const float *attention_norm = nullptr, *mlp_norm = nullptr;  // [d]
     const float *q_norm = nullptr, *k_norm = nullptr;            // [head_dim], or null
 };
@@ -40,10 +49,15 @@ class Decoder {
 
     // Runs blocks begin ... end - 1 in place on x [tokens, d], whose first token has this position; what
     // lies in the cache before it is attended to. tokens <= 8, position + tokens <= length.
-    void run(float *x, std::size_t tokens, std::size_t position, std::size_t begin, std::size_t end);
+    // `skip`: sparse layers leave inputs out; without, they are dense.
+    void run(float *x, std::size_t tokens, std::size_t position, std::size_t begin, std::size_t end, bool skip);
 
     // Final norm and output head of one token.
     void logits(const float *x, float *out);
+
+    // Inputs of sparse layers so far: how many were read, and how many were skipped.
+    std::uint64_t inputs_read() const { return read_; }
+    std::uint64_t inputs_skipped() const { return skipped_; }
 
     // Keys (rotated) or values of a block, [kv_heads, length, head_dim].
     float *keys(std::size_t block) { return keys_.data() + block * cache_; }
@@ -59,6 +73,10 @@ class Decoder {
     };
 
     Inputs prepared(Room &room, const float *x, std::size_t tokens, std::size_t columns, bool packed);
+    void layers(const Layer *const *layers, float *const *outs, std::size_t count, Room &room, const float *x,
+                std::size_t tokens);
+    bool sparse(const Layer &layer) const { return skip_ && layer.threshold != nullptr; }
+    void sparse_layer(const Layer &layer, float *out, const float *x);
     void attention(std::size_t block, std::size_t tokens, std::size_t position);
     void rotate(const BlockWeights &w, std::size_t block, std::size_t tokens, std::size_t position);
 
@@ -71,7 +89,12 @@ class Decoder {
     const float *final_norm_ = nullptr;
     std::vector<float> keys_, values_;
     std::vector<float> normed_, query_, key_, value_, mixed_, inner_, out_;
-    Room narrow_, wide_, heads_;
+    Room narrow_, wide_, heads_, masked_room_;
+    std::vector<float> masked_;
+    std::vector<std::int32_t> active_, starts_;
+    std::vector<std::vector<float>> partial_;
+    bool skip_ = true;
+    std::uint64_t read_ = 0, skipped_ = 0;
     std::vector<std::vector<float>> scores_;
     Team team_;
 };
