@@ -148,7 +148,8 @@ class FastDecoder:
                     handle.set_sparse(columns.format, columns.data, threshold)
                 elif threshold is not None:
                     raise ModelError(
-                        f"{name} of block {i} has {packed[name].columns} inputs; skipping needs {GROUP} n"
+                        f"{name} of block {i} has {packed[name].columns} inputs; "
+                        f"skipping needs a multiple of {GROUP}"
                     )
             self._native.add(
                 *handles.values(),
