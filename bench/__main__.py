@@ -6,7 +6,10 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("startup", "kernels", "loading", "reading", "streaming", "harvest", "dictionaries", "steering")
+NAMES = (
+    *("startup", "kernels", "loading", "reading", "streaming", "harvest", "dictionaries"),
+    *("steering", "patching"),
+)
 
 
 def main() -> int:

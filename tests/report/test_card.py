@@ -79,6 +79,8 @@ def test_language_model_has_every_section_and_all_three_files(llama_card: tuple[
         "text",
         "atlas",
         "features",
+        "circuits",
+        "controllability",
         "sparsity",
         "quantizability",
         "cost",
@@ -185,7 +187,20 @@ def test_the_card_audits_well_and_says_what_is_missing(llama_card: tuple[Card, P
     [
         (bert, {"embeddings", "atlas", "features", "quantizability", "cost"}),
         (vit, {"images", "modules", "quantizability", "cost"}),
-        (gpt2, {"behaviour", "text", "atlas", "features", "sparsity", "quantizability", "cost"}),
+        (
+            gpt2,
+            {
+                "behaviour",
+                "text",
+                "atlas",
+                "features",
+                "circuits",
+                "controllability",
+                "sparsity",
+                "quantizability",
+                "cost",
+            },
+        ),
     ],
 )
 def test_other_kinds_get_the_sections_that_make_sense(make: Any, wanted: set[str], tmp_path: Path) -> None:

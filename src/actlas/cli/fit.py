@@ -75,7 +75,7 @@ def fit(
         target = out_folder or Path(method)
         if info.returns != "Measurement":
             check_target(target)
-        if info.data == "corpus" and data is not None:
+        if info.data in ("corpus", "requests") and data is not None:
             given: Any = _load_data(info, data, None, seed)  # before the model: it is quicker to be wrong
             loaded = load_model(model)
         else:
@@ -197,6 +197,8 @@ def _load_data(info: MethodInfo, name: str, model: Model | None, seed: int) -> A
         return room.corpus(name, seed=seed)
     if info.data == "task":
         return room.task(name, tokenizer, n=128, seed=seed)
+    if info.data == "requests":
+        return room.edit_requests(name)
     return room.labelled(name, tokenizer, seed=seed, only_pairs=info.data == "pairs")
 
 
@@ -215,5 +217,6 @@ def _wanted(info: MethodInfo) -> str:
         "task": "a task's name",
         "labelled": "JSONL with text and label, or a task's name",
         "pairs": "JSONL with positive and negative, or a task's name",
+        "requests": "JSONL with prompt and target",
         "none": "none",
     }[info.data]

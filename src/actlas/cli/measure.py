@@ -32,6 +32,8 @@ app = new_app()
         "actlas measure --list",
         "actlas measure smollm2 perplexity --data prose --tokens 4000",
         "actlas measure smollm2 task-accuracy --data ioi --edit vec*4",
+        "actlas measure smollm2 editing --data edits.jsonl --edit memory/",
+        "actlas measure smollm2 self-report --edit tuned/",
     )
 )
 def measure(
@@ -49,7 +51,9 @@ def measure(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            "--data", metavar="CORPUS|TASK", help="Text, a task or images to measure on. Repeatable."
+            "--data",
+            metavar="CORPUS|TASK|FILE",
+            help="Text, a task, images, edit requests or questions to measure on. Repeatable.",
         ),
     ] = None,
     tokens: Annotated[
@@ -148,7 +152,8 @@ def _data(given: list[str] | None, seed: int) -> Any:
     Raises:
         InputError: a name that is neither a corpus, a task, an image set nor a file.
     """
-    from actlas.data import corpus, tasks
+    from actlas.data import corpus, edit_requests, tasks
+    from actlas.data.questionnaires import questionnaire, records_kind
 
     found: dict[str, Any] = {}
     for name in given or ():
@@ -156,6 +161,8 @@ def _data(given: list[str] | None, seed: int) -> Any:
             found.setdefault("task", []).append(name)
         elif name in ("digits", "photos"):
             found["images"] = name
+        elif (kind := records_kind(name)) is not None:
+            found[kind] = edit_requests(name) if kind == "requests" else questionnaire(name)
         elif "corpus" in found:
             raise InputError(f"--data names two corpora, {found['corpus'].name} and {name}; give one")
         else:

@@ -282,6 +282,8 @@ class Installation:
         for track in self._tracks:
             if track.changed or track.said or getattr(track.edit, "condition", None) is not None:
                 continue
+            if getattr(track.edit, "may_do_nothing", False):
+                continue
             if not track.ran and not final:
                 continue
             track.said = True

@@ -19,6 +19,8 @@ turns a path or a name into one of these before it calls `fit`.
 * `"pairs"`: a sequence of `(positive text, negative text)`. On the command line: JSONL with `positive`
   and `negative`, or the name of a task, whose pairs are taken.
 * `"task"`: a task: `.items` with `.prompt`, `.answer`, `.wrong`. On the command line: a task's name.
+* `"requests"`: facts to write, a sequence of `data.edit_requests.EditRequest` or mappings with its fields.
+  On the command line: JSONL with `prompt` and `target` (and `paraphrases`, `locality`).
 * `"none"`: nothing: `fit(model, **options)`.
 
 A room of methods has a module `actlas.<room>.register` that imports its method files. `methods()`
@@ -37,7 +39,7 @@ from typing import Any, Literal, TypeVar, get_args
 from actlas.core.errors import InputError, did_you_mean
 
 Returns = Literal["Lens", "Edit", "Measurement"]
-DataKind = Literal["corpus", "labelled", "pairs", "task", "none"]
+DataKind = Literal["corpus", "labelled", "pairs", "task", "requests", "none"]
 
 #: Rooms that may have methods, in the order in which they are listed.
 ROOMS: tuple[str, ...] = (
@@ -56,6 +58,7 @@ ROOMS: tuple[str, ...] = (
 )
 _OWN = (
     "actlas.core.edits",
+    "actlas.core.skip_inputs",
     "actlas.core.dictionary_edits",
     "actlas.core.probe",
     "actlas.core.pca",

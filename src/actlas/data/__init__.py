@@ -4,6 +4,7 @@
     task("ioi", model.tokenizer, n=64)       # prompts with checked one-token answers
     pairs(task("sentiment"))                 # contrastive pairs
     labelled("pairs.jsonl")                  # texts with labels, or pairs of your own
+    edit_requests("edits.jsonl")             # facts to write into a model
     images("photos")
 
 Everything is drawn with a seed, and the same seed gives the same data.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from actlas.data.chats import chats
 from actlas.data.corpora import corpus
 from actlas.data.documents import Corpus, Document
+from actlas.data.edit_requests import EditRequest, edit_requests
 from actlas.data.labelled import labelled
 from actlas.data.task_items import Pair, Task, TaskInfo, TaskItem
 from actlas.data.tasks import pairs, task, tasks
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Corpus",
     "Document",
+    "EditRequest",
     "ImageSet",
     "Pair",
     "Task",
@@ -33,6 +36,7 @@ __all__ = [
     "TaskItem",
     "chats",
     "corpus",
+    "edit_requests",
     "images",
     "labelled",
     "pairs",

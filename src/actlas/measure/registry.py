@@ -28,7 +28,10 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 from actlas.core.errors import InputError, did_you_mean
 from actlas.core.measurement import Measurement
 
-DataKind = Literal["corpus", "task", "images", "pairs", "none"]
+DataKind = Literal["corpus", "task", "images", "pairs", "requests", "questions", "none"]
+
+#: Kinds without a default: measures on them run when they are asked for, or when their data is given.
+OWN_DATA: tuple[DataKind, ...] = ("requests", "questions")
 KINDS = (
     "causal-lm",
     "encoder",

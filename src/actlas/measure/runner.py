@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from actlas.core.errors import InputError, NonFiniteError, did_you_mean
 from actlas.core.measurement import Measurement
 from actlas.core.progress import progress
-from actlas.measure.registry import DataKind, MeasureInfo, find_measure, measures
+from actlas.measure.registry import OWN_DATA, DataKind, MeasureInfo, find_measure, measures
 from actlas.measure.samples import missing
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def measure(
         InputError: unknown measure, data that cannot be found, an option that no measure takes.
         NonFiniteError: NaN or infinity in what the model computes.
     """
-    infos = _chosen(model, names)
+    infos = _chosen(model, names, by_kind(data))
     given = dict(options) if tokens is None else {"tokens": tokens, **options}
     _check_options(given, infos)
     source = _Data(model, data, seed, quick)
@@ -105,9 +105,13 @@ def measure(
     return [replace(m, under=m.under or under) for m in ordered]
 
 
-def _chosen(model: Model, names: Sequence[str] | str | None) -> list[MeasureInfo]:
+def _chosen(model: Model, names: Sequence[str] | str | None, given: Mapping[str, Any]) -> list[MeasureInfo]:
     if names is None:
-        return [info for info in measures().values() if info.applies_to(model.kind)]
+        return [
+            info
+            for info in measures().values()
+            if info.applies_to(model.kind) and (info.data not in OWN_DATA or info.data in given)
+        ]
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted:
         raise InputError(f"no measure was named; known: {', '.join(measures())}")
@@ -190,7 +194,7 @@ class _Data:
             return self._tasks(given)
         if kind == "images":
             return self._images(given) if given is None or isinstance(given, str) else given
-        return given  # pairs: the measures make their own
+        return given  # pairs, requests, questions: the measures make their own or say what they need
 
     def _images(self, name: str | None) -> Any:
         """Digits for a model whose classes they are, photographs for any other."""
@@ -236,7 +240,7 @@ def by_kind(data: Any) -> dict[str, Any]:
     if data is None:
         return {}
     if isinstance(data, Mapping):
-        kinds = ("corpus", "task", "images", "pairs")
+        kinds = ("corpus", "task", "images", "pairs", *OWN_DATA)
         unknown = next((k for k in data if k not in kinds), None)
         if unknown is not None:
             raise InputError(f"data of unknown kind {unknown!r}: one of {', '.join(kinds)}")
@@ -256,6 +260,10 @@ def _kind_of(data: Any) -> str:
     first = data[0] if isinstance(data, Sequence) and len(data) else None
     if _is_task(first) or (isinstance(first, str) and _kind_of(first) == "task"):
         return "task"
+    if hasattr(first, "prompt") and hasattr(first, "target"):
+        return "requests"
+    if hasattr(first, "question") and hasattr(first, "options"):
+        return "questions"
     return "pairs" if hasattr(first, "left") and hasattr(first, "right") else "corpus"
 
 

@@ -12,11 +12,13 @@
 | `moe_x` | MoE-X: ReLU experts behind that router |
 | `switch` | the baseline: a learned router |
 | `wide_view` | a mixture of experts as a dictionary |
+| `los_net` | LOS-Net: a transformer over a model's output distributions |
 """
 
 from __future__ import annotations
 
 from actlas.nn.experts import MixtureOfExperts, Routing, balance_loss
+from actlas.nn.los_net import LOSNet
 from actlas.nn.moe_x import MoEX
 from actlas.nn.sparsity_router import SparsityRouter
 from actlas.nn.switch import SwitchMoE
@@ -24,6 +26,7 @@ from actlas.nn.wide_view import ExpertDictionary
 
 __all__ = [
     "ExpertDictionary",
+    "LOSNet",
     "MixtureOfExperts",
     "MoEX",
     "Routing",

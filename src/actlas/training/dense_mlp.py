@@ -7,11 +7,11 @@ gated   y = W_out (a(W_in x + b_in) * (W_up x + b_up)) + b_out          W_in is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actlas.core.activation_function import activation_name
 from actlas.core.errors import ModelError
 from actlas.core.layout import Columns, Tap, Tower, find, forward_parameters, join, weight_matrix
 from actlas.core.model import Model
@@ -87,7 +87,7 @@ def dense_mlp(model: Model, block: int) -> DenseMLP:
         b_out=_bias(down),
         w_up=None if second is None else second[1],
         b_up=None if second is None else second[2],
-        activation=_activation(model),
+        activation=activation_name(model),
     )
 
 
@@ -122,9 +122,3 @@ def _required(module: nn.Module) -> list[str]:
 def _bias(module: nn.Module) -> Tensor | None:
     bias = getattr(module, "bias", None)
     return bias.detach() if isinstance(bias, torch.Tensor) else None
-
-
-def _activation(model: Model) -> str:
-    config: Any = getattr(model.config, "text_config", None) or model.config
-    names = ("hidden_activation", "hidden_act", "activation_function", "dense_act_fn", "activation")
-    return next((str(v) for n in names if (v := getattr(config, n, None))), "")
