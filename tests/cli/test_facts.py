@@ -38,7 +38,7 @@ def test_facts_are_written_saved_and_measured(actlas, tiny: str, facts: Path, tm
     found = actlas("measure", tiny, "editing", "--data", facts, "--edit", out, "--json").json
     rows = [r for r in found["comparison"]["rows"] if r["measurement"]["name"] == "target-nll"]
     assert [r["variant"] for r in rows] == ["base", "edited"] and rows[1]["measurement"]["n"] == 2
-    said = actlas("generate", tiny, "the cat sat on", "--edit", out, "--json", "--tokens", 3)
+    said = actlas("generate", tiny, "the cat sat on", "--edit", out, "--json", "--max-new-tokens", 3)
     assert said.status == 0
 
 

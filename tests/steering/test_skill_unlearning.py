@@ -18,13 +18,8 @@ from actlas.core.methods import find_method
 from actlas.core.model import Model
 from actlas.steering.abstain import Abstain, fit_abstain
 from actlas.steering.hypercube import FLOOR, HyperBox, best_multiplier, fit_hyper_box
-from actlas.steering.neuron_adjust import (
-    NeuronAdjust,
-    NeuronMoments,
-    PruneNeurons,
-    fit_neuron_adjust,
-    fit_prune_neurons,
-)
+from actlas.steering.neuron_adjust import NeuronAdjust, NeuronMoments, PruneNeurons
+from actlas.steering.neuron_fit import fit_neuron_adjust, fit_prune_neurons
 from tests.steering.gate_models import LABELLED, OTHERS, QUESTIONS, generated, model, same
 
 KEYS = "blocks.2.mlp.act"
@@ -215,6 +210,11 @@ def test_the_methods_give_edits_and_pruning_zeroes() -> None:
     assert {p.site: p.neurons.tolist() for p in adjusted.parts() if isinstance(p, NeuronAdjust)} == {
         s: n.tolist() for s, n in neurons.items()
     }
+    found = {(x.group["of"], x.group["on"]): x for x in adjusted.measurements}
+    assert len(found) == 4 and all(x.name == "rise of the loss" and x.n == 3 for x in found.values())
+    assert (
+        found["chosen neurons", "texts to forget"].value != found["random neurons", "texts to forget"].value
+    )
     with m.edit(pruned):
         for site, own in neurons.items():
             assert not m.trace(QUESTIONS[0], site)[site][:, 1:, own].any()

@@ -29,8 +29,8 @@ from actlas.circuits.effects import Effects, Part, check_difference
 from actlas.circuits.metrics import Metric, MetricFunction
 from actlas.circuits.nodes import Node, Position
 from actlas.circuits.patching import as_nodes, as_parts, say_inert, sites_of
-from actlas.circuits.prefix import KeysValues, only_columns
-from actlas.circuits.sources import Mode, Source, at, check_mode, last_only
+from actlas.circuits.prefix import KeysValues, last_columns, only_columns
+from actlas.circuits.sources import Mode, Source, at, check_mode
 from actlas.core.errors import InputError
 from actlas.core.hooks import attach
 
@@ -168,11 +168,9 @@ class _Passes:
 
     def _arguments(self, side: str, start: int) -> dict[str, Any]:
         encoded = getattr(self.pairs, side)
-        found: dict[str, Any] = {k: v[:, start:] for k, v in encoded.items() if k != "attention_mask"}
-        found |= {"attention_mask": encoded["attention_mask"], **last_only(self.model)}
-        if self.kept is not None:
-            found |= {self.kept.name: self.kept.cache(None, start), "use_cache": True}
-        return found
+        if self.kept is None:
+            return last_columns(self.model, encoded, None, start)
+        return self.kept.arguments(self.model, encoded, None, start)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Return activations of the columns run as if all had been, with zeros for the others."""

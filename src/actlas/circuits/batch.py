@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actlas.circuits.pair_rows import check_lengths, encode_left, pair_row, with_positions
+from actlas.circuits.prefix import KeysValues
 from actlas.core.errors import InputError, ModelError
 from actlas.data.task_items import Task, TaskItem
 from actlas.measure.likelihood import output_logits, takes_option
@@ -249,10 +250,17 @@ class PromptPairs:
         return output_logits(model, dict(getattr(self, side)), **options)[:, -1].float()
 
     def measured(self, model: Model) -> PromptPairs:
-        """Return the same pairs with the logit differences of this model."""
+        """Return the same pairs with the logit differences of this model; what both sides share runs once."""
+        first = int(self.changed.min())
+        kept = KeysValues.run(model, self.clean, first)
         found = {}
         for side in ("clean", "corrupt"):
-            logits = self.last_logits(model, side)
+            if kept is None:
+                logits = self.last_logits(model, side)
+            else:
+                with torch.no_grad():
+                    output = model._call(kept.arguments(model, getattr(self, side), None, first))
+                logits = output.logits[:, -1].float()
             picked = [logits.gather(1, ids[:, None])[:, 0] for ids in (self.answer_ids, self.wrong_ids)]
             found[side] = (picked[0] - picked[1]).cpu()
         return replace(self, difference=found["clean"], corrupt_difference=found["corrupt"])

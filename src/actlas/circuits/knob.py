@@ -9,8 +9,8 @@
 u is the difference of the two sides' mean activations (`mean_diff`) or is learned (`das`: rank 1, on swaps
 between the two texts of a pair, with cross-entropy to what the model says after the other text). u has no
 sign of its own; it is turned so that the positive side has the larger mean. Both means stay with the edit,
-because c is in units of that layer's activations: twice the distance breaks the model rather than turning
-the knob further. It applies to the last prompt token and to every generated one.
+because c is in units of that layer's activations: a value that means much in one layer means nothing, or
+more than the model has ever seen, in another. It applies to the last prompt token and to every generated one.
 
 Source: "Controllable Context Sensitivity and the Knob Behind It" (Minder et al. 2024), sections 5 and 6.
 """

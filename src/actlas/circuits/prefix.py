@@ -90,6 +90,15 @@ class KeysValues:
         made.layers = [Layer(k[:, :, :columns], v[:, :, :columns]) for k, v in self.layers]
         return made
 
+    def arguments(
+        self, model: Model, encoded: Mapping[str, Tensor], rows: Tensor | None, start: int
+    ) -> dict[str, Any]:
+        """Return the arguments that run these rows (or all) from column `start` on, to the last logits."""
+        return last_columns(model, encoded, rows, start) | {
+            self.name: self.cache(rows, start),
+            "use_cache": True,
+        }
+
 
 class SharedRun:
     """Prompts that were run once, from which any later part can be run again.
@@ -173,21 +182,30 @@ class SharedRun:
         return logits if narrow or columns is None else logits.gather(1, columns)
 
     def _arguments(self, rows: Tensor, width: int) -> dict[str, Any]:
-        e, start = self.encoded, self.width - width
-        encoded: dict[str, Any] = {k: v[rows, start:] for k, v in e.items() if k != "attention_mask"}
-        encoded["attention_mask"] = e["attention_mask"][rows]
-        if takes_option(self.model, "logits_to_keep"):
-            encoded["logits_to_keep"] = 1
+        start = self.width - width
         if start == 0:
+            encoded = last_columns(self.model, self.encoded, rows, 0)
             return {**encoded, "use_cache": False} if cache_name(self.model) else encoded
         if self._kept is None:
             raise InputError(f"width={width}: this run kept no keys and values, so all {self.width} are run")
-        return {**encoded, self._kept.name: self._kept.cache(rows, start), "use_cache": True}
+        return self._kept.arguments(self.model, self.encoded, rows, start)
 
     def _tail(self, block: int) -> Tail:
         if block not in self._tails:
             self._tails[block] = split_at(self.model, self._stream_names[block - 1])[1]
         return self._tails[block]
+
+
+def last_columns(
+    model: Model, encoded: Mapping[str, Tensor], rows: Tensor | None, start: int
+) -> dict[str, Any]:
+    """Return the arguments of some rows (or all) from a column on, with the mask of every column."""
+    some = slice(None) if rows is None else rows
+    found: dict[str, Any] = {k: v[some, start:] for k, v in encoded.items() if k != "attention_mask"}
+    found["attention_mask"] = encoded["attention_mask"][some]
+    if takes_option(model, "logits_to_keep"):
+        found["logits_to_keep"] = 1
+    return found
 
 
 def shareable(model: Model) -> bool:

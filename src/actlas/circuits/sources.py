@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from actlas.circuits.prefix import SharedRun
+from actlas.circuits.prefix import SharedRun, last_columns
 from actlas.core.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -141,20 +141,12 @@ def read_both(
     run = SharedRun(model, getattr(pairs, patched), wanted)
     found: dict[str, Any] = {}
     if mode in ("denoise", "noise"):
-        trace = model.trace(
-            {**getattr(pairs, other), **last_only(model)}, [*wanted, *_logits(model)], stop=False
-        )
+        encoded = last_columns(model, getattr(pairs, other), None, 0)
+        trace = model.trace(encoded, [*wanted, *_logits(model)], stop=False)
         found, logits = {s.name: trace[s.name] for s in wanted}, trace.logits[:, -1].float()
     else:
         logits = pairs.last_logits(model, other)
     return run, logits, Source(pairs, mode, run.values, found, seed=seed)
-
-
-def last_only(model: Model) -> dict[str, int]:
-    """Return the argument that keeps the last token's logits only, where the model takes it."""
-    from actlas.measure.likelihood import takes_option
-
-    return {"logits_to_keep": 1} if takes_option(model, "logits_to_keep") else {}
 
 
 def _logits(model: Model) -> list[Site]:

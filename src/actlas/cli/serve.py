@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,8 +63,7 @@ def serve(
             import uvicorn
         except ImportError as error:
             raise InputError("serving needs uvicorn; install it: pip install 'actlas[serve]'") from error
-        from actlas.serve.app import make_app
-
+        make_app = importlib.import_module("actlas.serve.app").make_app  # the rooms stand side by side
         listening = _listen(host, port)
         port = listening.getsockname()[1]
         loaded = load_model(model)

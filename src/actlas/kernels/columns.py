@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from actlas.core.errors import InputError, ShapeError
 from actlas.kernels.loading import native, threads
 from actlas.kernels.packed import GROUP, check_weight, round_activations
 
@@ -77,11 +76,11 @@ def pack_columns(weight: Tensor, format: Format = "f32") -> PackedColumns:
     """Pack a weight `[rows, columns]` by columns, rounding to the nearest value of the format.
 
     Raises:
-        InputError: an unknown format, or columns that are not a multiple of 32 for a packed one.
-        ShapeError: not a matrix. NonFiniteError: NaN or infinity.
+        ValueError: an unknown format, or columns that are not a multiple of 32 for a packed one.
+            It is not a matrix, or holds NaN or infinity.
     """
     if format not in ("f32", "bf16", "q8", "q4"):
-        raise InputError(f"format is {format!r}; it must be 'f32', 'bf16', 'q8' or 'q4'")
+        raise ValueError(f"format is {format!r}; it must be 'f32', 'bf16', 'q8' or 'q4'")
     w = check_weight(weight, format if format in ("q8", "q4") else "f32")
     rows, columns = w.shape
     if format in ("f32", "bf16"):
@@ -120,10 +119,10 @@ def column_product(w: PackedColumns, x: Tensor, *, two_bytes: bool = True, level
         level: the instruction set.
 
     Raises:
-        ShapeError: x has not the weight's columns.
+        ValueError: x has not the weight's columns.
     """
     if x.shape != (w.columns,):
-        raise ShapeError(f"x must be [{w.columns}], not {list(x.shape)}")
+        raise ValueError(f"x must be [{w.columns}], not {list(x.shape)}")
     module = native()
     if module is None or x.device.type != "cpu":
         return column_product_reference(w, x, two_bytes=two_bytes)

@@ -24,7 +24,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from actlas.core.errors import InputError, NonFiniteError, ShapeError
 from actlas.kernels.loading import native, threads
 
 Format = Literal["f32", "q8", "q4"]
@@ -68,11 +67,11 @@ class Packed:
         """Return the native description of this layer.
 
         Raises:
-            InputError: there are no native kernels here.
+            ValueError: there are no native kernels here.
         """
         module = native()
         if module is None:
-            raise InputError("packed layers need the native kernels; install Actlas with a C++ compiler")
+            raise ValueError("packed layers need the native kernels; install Actlas with a C++ compiler")
         return module.packed_linear(self.format, self.data, self.rows, self.columns, self.bias)
 
 
@@ -86,11 +85,11 @@ def pack(weight: Tensor, format: Format = "q4", bias: Tensor | None = None) -> P
         bias: `[rows]`, kept in float32.
 
     Raises:
-        InputError: an unknown format, or a number of columns that is not a multiple of 32.
-        ShapeError: not a matrix. NonFiniteError: NaN or infinity.
+        ValueError: an unknown format, or a number of columns that is not a multiple of 32.
+            It is not a matrix, or holds NaN or infinity.
     """
     if format not in ("f32", "q8", "q4"):
-        raise InputError(f"format is {format!r}; it must be 'f32', 'q8' or 'q4'")
+        raise ValueError(f"format is {format!r}; it must be 'f32', 'q8' or 'q4'")
     w = check_weight(weight, format)
     rows, columns = w.shape
     b = None if bias is None else bias.detach().to("cpu", torch.float32).contiguous()
@@ -116,20 +115,20 @@ def check_weight(weight: Tensor, format: Format) -> Tensor:
     """Return a weight as a contiguous float32 matrix on the CPU.
 
     Raises:
-        ShapeError, InputError, NonFiniteError: as `pack`.
+        ValueError: as `pack`.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
-        raise ShapeError(
+        raise ValueError(
             f"a weight is a float matrix [rows, columns], not {weight.dtype} {list(weight.shape)}"
         )
     columns = weight.shape[1]
     if format != "f32" and columns % GROUP:
-        raise InputError(
+        raise ValueError(
             f"a weight of {columns} columns cannot be packed as {format}; it needs a multiple of {GROUP}"
         )
     w = weight.detach().to("cpu", torch.float32).contiguous()
     if not bool(torch.isfinite(w.sum(0)).all()):
-        raise NonFiniteError("the weight holds NaN or infinity; all must be finite")
+        raise ValueError("the weight holds NaN or infinity; all must be finite")
     return w
 
 
@@ -143,10 +142,10 @@ def packed_product(w: Packed, x: Tensor, *, two_bytes: bool = True, level: str =
         level: the instruction set: `"best"`, `"avx512"`, `"avx2"` or `"baseline"`.
 
     Raises:
-        ShapeError: x has not the weight's columns.
+        ValueError: x has not the weight's columns.
     """
     if x.ndim != 2 or x.shape[1] != w.columns:
-        raise ShapeError(f"x must be [tokens, {w.columns}], not {list(x.shape)}")
+        raise ValueError(f"x must be [tokens, {w.columns}], not {list(x.shape)}")
     module = native()
     if module is None or x.device.type != "cpu":
         return packed_product_reference(w, x, two_bytes=two_bytes)

@@ -13,7 +13,7 @@ s_f with m_f, and draws one random number for a whole row; here it is as the pap
 
 The first token of a text, at which most models have massive activations that all others attend to, is
 neither counted nor changed (ours; `first=True` changes it too): it says nothing about a skill, and a model
-whose first token is adjusted loses everything.
+whose first token is adjusted gets worse at all text alike.
 
 Whether a value is replaced depends on (seed, position, token, neuron) alone, so the edit does the same with
 and without a KV cache, padded and alone. `PruneNeurons`, the paper's baseline, sets the same neurons to 0.
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,9 +32,7 @@ from actlas.core.calibration import calibrate
 from actlas.core.calibration.reading import check_row_sites
 from actlas.core.edit import ActivationEdit, Edit, Here, compose, register_edit
 from actlas.core.errors import InputError
-from actlas.core.methods import method
 from actlas.core.streaming import windows
-from actlas.steering.gate_rows import GateTexts
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -187,64 +185,21 @@ class NeuronMoments:
             start = end
         return out
 
-    def adjust(self, neurons: Mapping[str, Tensor], seed: int = 0) -> Edit:
-        """Return the edit that adjusts these neurons."""
+    def adjust(self, neurons: Mapping[str, Tensor], seed: int = 0, *, first: bool = False) -> Edit:
+        """Return the edit that adjusts these neurons (`first`: at the first token of a text too)."""
         made = []
         for site, own in neurons.items():
             forget_mean, forget_std = (t[own] for t in self.forget[site])
             retain_mean, retain_std = (t[own] for t in self.retain[site])
-            made.append(NeuronAdjust(site, own, forget_mean, forget_std, retain_mean, retain_std, seed))
+            made.append(
+                NeuronAdjust(site, own, forget_mean, forget_std, retain_mean, retain_std, seed, first)
+            )
         return compose(made)
 
     @staticmethod
     def prune(neurons: Mapping[str, Tensor]) -> Edit:
         """Return the edit that sets these neurons to 0."""
         return compose(PruneNeurons(site, own) for site, own in neurons.items())
-
-
-@method(
-    "neuron-adjust",
-    room="steering",
-    returns="Edit",
-    data="labelled",
-    summary="unlearn a skill (label 1): its neurons take the values they have on other text (label 0)",
-    example="actlas fit neuron-adjust smollm2 texts.jsonl --top 0.03 -o no-maths/",
-    papers=("skill-unlearning",),
-)
-def fit_neuron_adjust(
-    model: Model, data: Any, site: str | Sequence[str] = SITES, *, top: float = 0.005, seed: int = 0
-) -> Edit:
-    """Fit the adjustment of the neurons that rise most on texts with label 1.
-
-    Args:
-        model: the model.
-        data: labelled texts: 1 to forget, 0 to retain.
-        site: where; the published text adjusts `mlp.gate`, the released code the default, `mlp.act`.
-        top: share of neurons; the paper takes 0.005 for languages and 0.03 for mathematics and code.
-        seed: of the random decisions.
-
-    Raises:
-        InputError: one class only, or a share outside (0, 1].
-    """
-    moments = _moments(model, data, site, "neuron-adjust")
-    return moments.adjust(moments.top(top), seed).bind(model.fingerprint)
-
-
-@method(
-    "prune-neurons",
-    room="steering",
-    returns="Edit",
-    data="labelled",
-    summary="set to 0 the neurons that rise most on a skill's texts (label 1): a baseline",
-    example="actlas fit prune-neurons smollm2 texts.jsonl --top 0.03 -o pruned/",
-    papers=("skill-unlearning",),
-)
-def fit_prune_neurons(
-    model: Model, data: Any, site: str | Sequence[str] = SITES, *, top: float = 0.005
-) -> Edit:
-    """Fit the baseline: the neurons that `fit_neuron_adjust` adjusts are set to 0 instead."""
-    moments = _moments(model, data, site, "prune-neurons")
-    return moments.prune(moments.top(top)).bind(model.fingerprint)
 
 
 def _moments_without_first(
@@ -268,13 +223,6 @@ def _moments_without_first(
         std = (square - mean.square()).clamp_min(0).sqrt()
         out[site] = (mean.float(), std.float().clamp_min(_FLOOR))
     return out
-
-
-def _moments(model: Model, data: Any, site: str | Sequence[str], what: str) -> NeuronMoments:
-    given = GateTexts.of(data, what)
-    forget = [t for t, y in zip(given.texts, given.y.tolist(), strict=True) if y == 1]
-    retain = [t for t, y in zip(given.texts, given.y.tolist(), strict=True) if y == 0]
-    return NeuronMoments.of(model, forget, retain, site)
 
 
 def _later(x: Tensor, here: Here) -> Tensor:

@@ -11,6 +11,7 @@ from actlas.steering import (  # noqa: F401
     fit,
     hypercube,
     neuron_adjust,
+    neuron_fit,
     rome,
     wise,
 )

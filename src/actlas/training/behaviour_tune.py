@@ -63,7 +63,7 @@ def behaviour_tune(
         data: records with `prompt` and `target` (the answer), see `actlas.data.edit_requests`.
         last_layers: how many blocks are trained.
         epochs: passes over the rows.
-        lr: AdamW's rate, constant after one epoch's warm-up over the first tenth of the steps.
+        lr: AdamW's rate, constant after a warm-up over the first tenth of the steps.
         batch: rows in a step.
         weight_decay: AdamW's.
         chat: put prompts into the model's chat template; default where it has one.
@@ -173,7 +173,7 @@ def _train(
                     optimiser.zero_grad()
                     total, count = run.loss(index, True)
                     if not bool(torch.isfinite(total)):
-                        raise NonFiniteError(f"the loss is {float(total.detach())} at step {done}; lower lr ({lr:g})")
+                        raise NonFiniteError(f"the loss is {total.item()} at step {done}; lower lr ({lr:g})")
                     (total / count).backward()
                     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
                     optimiser.step()

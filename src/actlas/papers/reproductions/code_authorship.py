@@ -102,8 +102,8 @@ NOTE = (
     "of a header are cut to the shortest of them. 'unseen author named' leaves each author out in turn. A "
     "random split is no advantage here: the other authors' texts of the same header may pull a text to "
     "them. Tried before: one run of 12 headers and 40 tokens with another seed, which left 4 headers, so "
-    "that 30 characters of code are asked for and not 60. A run of these very settings was stored before with "
-    "another note; only the note has changed."
+    "that 30 characters of code are asked for and not 60. A run of these very settings was stored before "
+    "with another note; only the note has changed."
 )
 
 

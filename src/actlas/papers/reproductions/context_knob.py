@@ -160,10 +160,11 @@ NOTE = (
     "from a pilot, values that are the two intents' own means. The tuned copy and its knob use intent "
     "lines ('Answer from the context.' / 'Answer from your memory.'); the original model is asked without "
     "any. Random directions move each last-token activation exactly as far as the knob does. The price is "
-    "on prose with the knob set at every token, which is what generating a long text with it means. Twice "
-    "the distance between the means is shown because a knob turned too far breaks the model. Tried "
-    "before: tuning with these settings and the knob at blocks 18 and 20 of one other split of the "
-    "countries, and smaller settings with seed 5 (where 8 steps of DAS were too few)."
+    "on prose with the knob set at every token, which is what generating a long text with it means. "
+    "Values as far again beyond the two means are shown beside them, for the first answer token alone. "
+    "Tried before: tuning with these settings and the knob at blocks 18 and 20 of one other split of the "
+    "countries, and smaller settings with seed 5 (where 8 steps of DAS were too few). This is the second "
+    "stored run with these settings; nothing but this note's wording differs from the first."
 )
 
 

@@ -13,16 +13,19 @@ from actlas.report.registry import Context, section
 
 if TYPE_CHECKING:
     from actlas.circuits.batch import PromptPairs
+    from actlas.data.task_items import Task
 
 _INTRO = (
     "For each task, the activation of a prompt that has another answer is written into one head (`L23H3`:"
     " block 23, head 3) or MLP at a time. The effect is the share of the difference in the answer's logits"
     " that goes with it: 100% is all of the behaviour, and a negative share belongs to a part that works"
-    " against it. The parts were chosen by a gradient on one half of the prompts; the numbers are exact"
+    " against it. The parts were chosen by gradients on one half of the prompts; the numbers are exact"
     " patches on the other half."
 )
 _SHOWN = 5
-_RANDOM = 10
+_RANDOM = 5
+_MOST = 48
+_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,13 @@ def circuits(context: Context) -> SectionResult:
     model = context.model
     if model.layout is None or model.tokenizer is None or not model.n_blocks:
         raise ModelError(f"{model.name} has no heads and MLPs or tokenizer to find circuits by")
-    n = max(8, min(48, 2 * (context.budget.task_prompts // 5)))
     rows: list[tuple[str, ...]] = []
     measurements: list[Measurement] = []
     notes: list[str] = []
     used: list[DataUse] = []
     for name in tasks():
         try:
-            made = task(name, model.tokenizer, n=n, seed=context.seed)
+            made = _prompts(context, task(name, model.tokenizer, n=_MOST, seed=context.seed))
             notes += context.notes_on(made)
             found = _components(context, made)
         except ModelError:
@@ -65,15 +67,22 @@ def circuits(context: Context) -> SectionResult:
         "Largest components by task",
         ("task", "right", "components and their effects", "random components"),
         tuple(rows),
-        "right: clean prompts on which the answer beats the wrong one. random components: the mean size of"
-        " the effect of components drawn at random.",
+        "right: clean prompts on which the answer beats the wrong one. random components: the median size"
+        " of the effect of components drawn at random.",
     )
     notes.append(f"All parts, with heat maps: `actlas patch {plain(model.name)} --task ioi --html out.html`.")
     figures = _figures(measurements)
     return SectionResult(_INTRO, tuple(measurements), figures, (table,), notes, [], used)
 
 
-def _components(context: Context, made: object) -> _Found:
+def _prompts(context: Context, made: Task) -> Task:
+    """Return as many prompts as the budget has tokens for, 8 to 16 on a quick card."""
+    length = sum(len(context.model.tokenizer(i.prompt)["input_ids"]) for i in made) / len(made)
+    most = min(_MOST, context.budget.task_prompts // 4)
+    return made[: max(8, min(most, int(5 * context.budget.task_prompts / length)))]
+
+
+def _components(context: Context, made: Task) -> _Found:
     import torch
 
     from actlas.circuits.attribution_patching import attribute
@@ -81,9 +90,11 @@ def _components(context: Context, made: object) -> _Found:
     from actlas.circuits.patching import patch
 
     model = context.model
-    pairs = PromptPairs.from_task(model, made, n=10_000, seed=context.seed)  # type: ignore[arg-type]
+    pairs = PromptPairs.from_task(model, made, n=len(made))
     half = len(pairs) // 2
-    chosen = attribute(model, pairs.take(slice(0, half)), "components", mode="noise", seed=context.seed)
+    chosen = attribute(
+        model, pairs.take(slice(0, half)), "components", mode="noise", steps=_STEPS, seed=context.seed
+    )
     order = chosen.values.abs().argsort(descending=True, stable=True)[:_SHOWN].tolist()
     draw = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(context.seed))
     others = [i for i in draw.tolist() if i not in order][:_RANDOM]
@@ -100,9 +111,9 @@ def _components(context: Context, made: object) -> _Found:
     ]  # fmt: skip
     sizes = exact.values[len(order) :].abs()
     control = Measurement(
-        name, float(sizes.mean()), "fraction", len(sizes), float(sizes.min()), float(sizes.max()),
+        name, float(sizes.median()), "fraction", len(sizes), float(sizes.min()), float(sizes.max()),
         "smallest to largest", context.seed, group={**group, "component": "random components"},
-        note="control: mean size of the effect of components drawn at random",
+        note="control: median size of the effect of components drawn at random",
     )  # fmt: skip
     return _Found(top, control, pairs)
 
