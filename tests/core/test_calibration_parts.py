@@ -89,7 +89,9 @@ def test_sums_equal_brute_force(seed: int, n: int, scale: float) -> None:
     torch.testing.assert_close(sums.absmax, wide.abs().amax(0), rtol=0, atol=0)
     centred = wide - wide.mean(0)
     exact = centred.pow(4).mean(0) / centred.square().mean(0).square() - 3
-    torch.testing.assert_close(sums.excess_kurtosis(n), exact, rtol=1e-6, atol=1e-6)
+    # Central moments of power sums cancel where the mean is large beside the spread.
+    lost = 1e-13 * wide.pow(4).mean(0) / centred.square().mean(0).square()
+    assert ((sums.excess_kurtosis(n) - exact).abs() <= 1e-9 + lost).all()
     bound = 1e-6 * sums.squares.sqrt()
     assert ((gram.matrix - wide.T @ wide).abs() <= torch.outer(bound, sums.squares.sqrt())).all()
     assert int(tokens.rows) == n

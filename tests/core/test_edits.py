@@ -35,6 +35,7 @@ from actlas.core.installation import EditHadNoEffect
 from actlas.core.model import Model
 from actlas.core.swap import LowRankLinear
 from tests.core.families import BY_NAME
+from tests.core.tiny import tiny
 
 SITE = "blocks.1.resid_post"
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5], [8, 9, 7, 9, 3, 2]])
@@ -444,3 +445,19 @@ def test_edits_of_plain_modules() -> None:
         model.trace(x, "blocks.0.resid_post")
     with pytest.raises(SiteError, match="did you mean"):
         model.trace(x, "module:rnnn")
+
+
+def test_scopes_that_contradict_are_refused() -> None:
+    model = tiny()
+    edit = Add("blocks.1.resid_post", torch.ones(model.d_model or 0))
+    with pytest.raises(InputError, match="count back from the end of the prompt"):
+        edit.at(phase="generated", positions=-1)
+    with pytest.raises(InputError, match="count back from the end of the prompt"):
+        edit.at(positions=[-2, -1]).at(phase="generated")
+    site = "blocks.1.mlp.out"
+    with pytest.raises(InputError, match=r"both set blocks\.1\.mlp\.out for the same tokens"):
+        with model.edit(Zero(site), MeanAblate(site, torch.ones(model.d_model or 0))):
+            pass
+    assert model.installed == ()
+    with model.edit(Zero(site).at(positions=0), MeanAblate(site, torch.ones(model.d_model or 0))), model.edit(Zero(site)):
+        model.logits("one two")

@@ -264,6 +264,8 @@ class ActivationEdit(Edit):
 
     #: Fields that must broadcast against the site's feature axes, checked when it is installed.
     feature_fields: ClassVar[tuple[str, ...]] = ()
+    #: Whether the whole activation is replaced, whatever it was.
+    overwrites: ClassVar[bool] = False
 
     def value(self, x: Tensor, here: Here) -> Tensor:
         """Return the activation under the full edit, of the same shape as `x`."""

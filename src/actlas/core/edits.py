@@ -108,6 +108,8 @@ class Scale(ActivationEdit):
 class Zero(ActivationEdit):
     """Zero ablation: set the activation to 0."""
 
+    overwrites: ClassVar[bool] = True
+
     def value(self, x: Tensor, here: Here) -> Tensor:
         return torch.zeros_like(x)
 
@@ -119,6 +121,8 @@ class MeanAblate(ActivationEdit):
 
     mean: Tensor
     feature_fields: ClassVar[tuple[str, ...]] = ("mean",)
+
+    overwrites: ClassVar[bool] = True
 
     def value(self, x: Tensor, here: Here) -> Tensor:
         mean = self.mean.to(x)
@@ -149,6 +153,8 @@ class Resample(ActivationEdit):
     seed: int = 0
     feature_fields: ClassVar[tuple[str, ...]] = ("values",)
 
+    overwrites: ClassVar[bool] = True
+
     def value(self, x: Tensor, here: Here) -> Tensor:
         run = here.run
         if run.length is not None and x.ndim > 2 and x.shape[1] == run.length:
@@ -174,6 +180,8 @@ class Replace(ActivationEdit):
     """
 
     with_value: Tensor
+
+    overwrites: ClassVar[bool] = True
 
     @classmethod
     def from_trace(cls, trace: Trace, site: str) -> Replace:

@@ -114,8 +114,8 @@ class Installation:
             for part in (edit, *edit.parts()):
                 if part.fingerprint is not None:
                     part.fingerprint.check(self.model.fingerprint, part.describe())
-        plans = [self._check(edit) for edit in self.edits if isinstance(edit, ActivationEdit)]
-        del plans
+        plans = [(edit, self._check(edit)) for edit in self.edits if isinstance(edit, ActivationEdit)]
+        _check_overwrites(plans)
         _forget_compiled(self.model.module)
         try:
             self.watcher.start()
@@ -293,6 +293,25 @@ class Installation:
                 else "its site never ran"
             )
             warnings.warn(f"{track.edit.describe()} changed nothing: {why}", EditHadNoEffect, stacklevel=4)
+
+
+def _check_overwrites(plans: list[tuple[ActivationEdit, list[Site]]]) -> None:
+    """Refuse an edit that sets what a later one sets again, for the same tokens: it could do nothing.
+
+    Raises:
+        InputError: two such edits; names them and the site.
+    """
+    seen: dict[tuple[str, Any], ActivationEdit] = {}
+    for edit, sites in plans:
+        if not edit.overwrites or edit.condition is not None or edit.strength != 1.0:
+            continue
+        for site in sites:
+            first = seen.setdefault((site.name, edit.scope), edit)
+            if first is not edit:
+                raise InputError(
+                    f"{first.describe()} and {edit.describe()} both set {site.name} for the same tokens, so the "
+                    "first would be lost; leave one out, or limit them with at(...)"
+                )
 
 
 def _requests(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
