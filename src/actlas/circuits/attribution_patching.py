@@ -29,7 +29,7 @@ from actlas.circuits.effects import Effects, Part, check_difference
 from actlas.circuits.metrics import Metric, MetricFunction
 from actlas.circuits.nodes import Node, Position
 from actlas.circuits.patching import as_nodes, as_parts, say_inert, sites_of
-from actlas.circuits.prefix import KeysValues, last_columns, only_columns
+from actlas.circuits.prefix import KeysValues, last_columns, only_columns, padded
 from actlas.circuits.sources import Mode, Source, at, check_mode
 from actlas.core.errors import InputError
 from actlas.core.hooks import attach
@@ -140,7 +140,7 @@ class _Passes:
     def read(self, side: str) -> _Read:
         """Run one side's prompts."""
         trace = self.model.trace(self._arguments(side, self.shared), [self.embed, *self.sites], stop=False)
-        values = {s.name: self._padded(trace[s.name]) for s in self.sites}
+        values = {s.name: padded(trace[s.name], self.pairs.width) for s in self.sites}
         return _Read(values, trace[self.embed.name], trace.logits[:, -1].float())
 
     def gradient(
@@ -162,20 +162,15 @@ class _Passes:
         if judge.columns is not None and not narrow:
             logits = logits.gather(1, judge.columns)
         metric = judge.function(logits, rows)
-        grads = trace.gradients(metric.sum())
-        values = {s.name: self._padded(trace[s.name].detach()) for s in self.sites}
-        return {name: self._padded(g) for name, g in grads.items()}, values, metric.detach()
+        grads, width = trace.gradients(metric.sum()), self.pairs.width
+        values = {s.name: padded(trace[s.name].detach(), width) for s in self.sites}
+        return {name: padded(g, width) for name, g in grads.items()}, values, metric.detach()
 
     def _arguments(self, side: str, start: int) -> dict[str, Any]:
         encoded = getattr(self.pairs, side)
         if self.kept is None:
             return last_columns(self.model, encoded, None, start)
         return self.kept.arguments(self.model, encoded, None, start)
-
-    def _padded(self, x: Tensor) -> Tensor:
-        """Return activations of the columns run as if all had been, with zeros for the others."""
-        missing = self.pairs.width - x.shape[1]
-        return x if not missing else torch.cat([x.new_zeros(x.shape[0], missing, *x.shape[2:]), x], 1)
 
 
 def _estimates(

@@ -164,7 +164,7 @@ class SharedRun:
         Returns:
             Logits after each prompt, float32 `[B, k]` or `[B, vocab]`.
         """
-        encoded = self._arguments(rows, width)
+        encoded = self.arguments(rows, width)
         with ExitStack() as stack:
             for site, write in writes:
                 stack.callback(attach(self.model.module, site, write, batch=lambda: len(rows)).remove)
@@ -181,14 +181,23 @@ class SharedRun:
         logits: Tensor = (output.logits if hasattr(output, "logits") else output)[:, -1].float()
         return logits if narrow or columns is None else logits.gather(1, columns)
 
-    def _arguments(self, rows: Tensor, width: int) -> dict[str, Any]:
-        start = self.width - width
+    def arguments(
+        self, rows: Tensor | None, width: int, encoded: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Return the arguments that run the last columns of some rows (or all).
+
+        Args:
+            rows: which, int64 `[B]`.
+            width: how many columns.
+            encoded: other prompts, which agree with these in the columns before; `None`: these.
+        """
+        start, given = self.width - width, encoded or self.encoded
         if start == 0:
-            encoded = last_columns(self.model, self.encoded, rows, 0)
-            return {**encoded, "use_cache": False} if cache_name(self.model) else encoded
+            found = last_columns(self.model, given, rows, 0)
+            return {**found, "use_cache": False} if cache_name(self.model) else found
         if self._kept is None:
             raise InputError(f"width={width}: this run kept no keys and values, so all {self.width} are run")
-        return self._kept.arguments(self.model, self.encoded, rows, start)
+        return self._kept.arguments(self.model, given, rows, start)
 
     def _tail(self, block: int) -> Tail:
         if block not in self._tails:
@@ -206,6 +215,12 @@ def last_columns(
     if takes_option(model, "logits_to_keep"):
         found["logits_to_keep"] = 1
     return found
+
+
+def padded(x: Tensor, width: int) -> Tensor:
+    """Return activations of the last columns as if all `width` had been run, with zeros for the others."""
+    missing = width - x.shape[1]
+    return x if not missing else torch.cat([x.new_zeros(x.shape[0], missing, *x.shape[2:]), x], 1)
 
 
 def shareable(model: Model) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from actlas.circuits.prefix import SharedRun, last_columns
+from actlas.circuits.prefix import SharedRun, padded
 from actlas.core.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -141,9 +141,13 @@ def read_both(
     run = SharedRun(model, getattr(pairs, patched), wanted)
     found: dict[str, Any] = {}
     if mode in ("denoise", "noise"):
-        encoded = last_columns(model, getattr(pairs, other), None, 0)
+        start = run.first_column(int(pairs.changed.min()))
+        encoded = run.arguments(None, pairs.width - start, getattr(pairs, other))
         trace = model.trace(encoded, [*wanted, *_logits(model)], stop=False)
-        found, logits = {s.name: trace[s.name] for s in wanted}, trace.logits[:, -1].float()
+        found, logits = (
+            {s.name: padded(trace[s.name], pairs.width) for s in wanted},
+            trace.logits[:, -1].float(),
+        )
     else:
         logits = pairs.last_logits(model, other)
     return run, logits, Source(pairs, mode, run.values, found, seed=seed)

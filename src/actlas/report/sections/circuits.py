@@ -22,10 +22,10 @@ _INTRO = (
     " against it. The parts were chosen by gradients on one half of the prompts; the numbers are exact"
     " patches on the other half."
 )
-_SHOWN = 5
+_SHOWN = 6
 _RANDOM = 5
 _MOST = 48
-_STEPS = 3
+_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Found:
     pairs: PromptPairs
 
 
-@section("circuits", title="Components behind each task", order=47, needs=("causal-lm",), cost=1.6)
+@section("circuits", title="Components behind each task", order=47, needs=("causal-lm",), cost=2.0)
 def circuits(context: Context) -> SectionResult:
     """Patch the heads and MLPs that one gradient points to, task by task."""
     from actlas.data import task, tasks
@@ -70,6 +70,8 @@ def circuits(context: Context) -> SectionResult:
         "right: clean prompts on which the answer beats the wrong one. random components: the median size"
         " of the effect of components drawn at random.",
     )
+    if any(m.group["component"] == "MLP 0" and m.value > 0.9 for m in measurements):
+        notes.append("100% at MLP 0 says only that later layers read the changed token through it.")
     notes.append(f"All parts, with heat maps: `actlas patch {plain(model.name)} --task ioi --html out.html`.")
     figures = _figures(measurements)
     return SectionResult(_INTRO, tuple(measurements), figures, (table,), notes, [], used)
@@ -79,7 +81,7 @@ def _prompts(context: Context, made: Task) -> Task:
     """Return as many prompts as the budget has tokens for, 8 to 16 on a quick card."""
     length = sum(len(context.model.tokenizer(i.prompt)["input_ids"]) for i in made) / len(made)
     most = min(_MOST, context.budget.task_prompts // 4)
-    return made[: max(8, min(most, int(5 * context.budget.task_prompts / length)))]
+    return made[: max(8, min(most, int(4 * context.budget.task_prompts / length)))]
 
 
 def _components(context: Context, made: Task) -> _Found:
