@@ -25,6 +25,8 @@ def test_estimates_are_the_gradient_times_the_change(family: str) -> None:
     alone = attribute(model, pairs, late)
     torch.testing.assert_close(alone.patched, found.patched[-2:], rtol=0, atol=1e-6)
     torch.testing.assert_close(alone.clean, found.clean, rtol=0, atol=1e-6)
+    with torch.no_grad():  # a card runs its sections so
+        torch.testing.assert_close(attribute(model, pairs, some).patched, found.patched)
     steps = [attribute(model, pairs, x, steps=2).patched[-2:] for x in (some, late)]
     torch.testing.assert_close(*steps, rtol=0, atol=1e-6)
     names = list(dict.fromkeys(n.site.split("[")[0] for n in some))

@@ -21,9 +21,11 @@ def pairs(tmp_path: Path) -> str:
 
 
 def test_fit_then_generate_and_measure(actlas, tiny, pairs, tmp_path) -> None:  # noqa: F811
-    vec = tmp_path / "vec"
-    said = actlas("fit", "steer", tiny, pairs, "--method", "mean_diff", "-o", vec, "--json")
+    vec, plot = tmp_path / "vec", tmp_path / "curve.json"
+    said = actlas("fit", "steer", tiny, pairs, "--method", "mean_diff", "-o", vec, "--plot", plot, "--json")
     assert said.status == 0, said
+    assert {row["series"] for row in said.json["curve"]} == {"mean_diff", "random 1", "random 2"}
+    assert "vega" in plot.read_text()
     names = {m["name"] for m in said.json["measurements"]}
     assert {"steering-effect", "kl-per-token", "within-budget", "effect-over-random"} <= names
     assert {m["group"].get("control") for m in said.json["measurements"]} >= {
@@ -47,6 +49,8 @@ def test_fit_then_generate_and_measure(actlas, tiny, pairs, tmp_path) -> None:  
         (("--budget", "0"), "the budget is 0"),
         (("--centr", "true", "--method", "pca_diff"), "did you mean centre"),
         (("--strength", "0.1"), "goes with one site"),
+        (("--plot", "curve.pdf"), "a plot is one of"),
+        (("--plot", "nowhere/curve.png"), "there is no folder nowhere"),
     ],
 )
 def test_bad_options(actlas, tiny, pairs, tmp_path, options, message) -> None:  # noqa: F811

@@ -153,16 +153,17 @@ class _Passes:
         """
         model, rows = self.model, torch.arange(len(self.pairs), device=self.pairs.answer_ids.device)
         with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())  # the caller may have switched gradients off
             if embedding is not None:
                 stack.callback(attach(model.module, self.embed, lambda x: embedding.to(x)).remove)
             narrow = stack.enter_context(only_columns(model, judge.columns))
             start = self.start if embedding is None else self.shared
             trace = model.trace(self._arguments(self.patched, start), self.sites, grad=True, stop=False)
-        logits = trace.logits[:, -1].float()
-        if judge.columns is not None and not narrow:
-            logits = logits.gather(1, judge.columns)
-        metric = judge.function(logits, rows)
-        grads, width = trace.gradients(metric.sum()), self.pairs.width
+            logits = trace.logits[:, -1].float()
+            if judge.columns is not None and not narrow:
+                logits = logits.gather(1, judge.columns)
+            metric = judge.function(logits, rows)
+            grads, width = trace.gradients(metric.sum()), self.pairs.width
         values = {s.name: padded(trace[s.name].detach(), width) for s in self.sites}
         return {name: padded(g, width) for name, g in grads.items()}, values, metric.detach()
 

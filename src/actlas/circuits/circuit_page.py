@@ -36,6 +36,7 @@ document.querySelectorAll('g.part').forEach(g=>{
 def page(circuit: Circuit) -> str:
     """Return the page."""
     title = html.escape(f"Circuit of {circuit.model} on {circuit.task}")
+    method = html.escape(circuit.method)
     notes = "".join(f'<p class="note">{html.escape(n)}</p>' for n in circuit.notes)
     edges = [
         [e.source, e.target, f"{e.score:+.3f}", _bounds(e.low, e.high, "+.3f")]
@@ -49,7 +50,7 @@ def page(circuit: Circuit) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>{title}</h1>
-<p class="note">{len(circuit.nodes)} heads and MLPs, {len(circuit.edges)} edges, found by {html.escape(circuit.method)}.
+<p class="note">{len(circuit.nodes)} heads and MLPs, {len(circuit.edges)} edges, found by {method}.
 Point at a part to see its edges, at an edge to see its score: the share of the difference between clean and
 corrupted prompts that it carries, estimated.</p>
 <div class="wide">{svg(circuit, DRAWN)}</div>
@@ -100,15 +101,16 @@ def curve_svg(curve: Iterable[object]) -> str:
         out.append(f'<polyline points="{path(key)}" fill="none" stroke="{colour}" stroke-width="2"/>')
     last = -math.inf
     for a, r in zip(logs, rows, strict=True):
-        out.append(f'<circle cx="{x(a):.1f}" cy="{y(r["faithfulness"]):.1f}" r="3" fill="#1f6fb2">'
-                   f'<title>{r["edges"]:g} edges, {r["parts"]:g} parts: {r["faithfulness"]:.2f}</title></circle>')  # fmt: skip
+        said = f"{r['edges']:g} edges, {r['parts']:g} parts: {r['faithfulness']:.2f}"
+        at = f'cx="{x(a):.1f}" cy="{y(r["faithfulness"]):.1f}"'
+        out.append(f'<circle {at} r="3" fill="#1f6fb2"><title>{said}</title></circle>')
         if x(a) - last > 34:
-            out.append(
-                f'<text x="{x(a):.1f}" y="{height - 26}" text-anchor="middle" fill="#555">{r["edges"]:g}</text>'
-            )
+            place = f'x="{x(a):.1f}" y="{height - 26}"'
+            out.append(f'<text {place} text-anchor="middle" fill="#555">{r["edges"]:g}</text>')
             last = x(a)
-    out.append(f'<text x="{(left + width) / 2:.0f}" y="{height - 8}" text-anchor="middle" fill="#555">edges'
-               " (blue: the circuit, with its 95% interval; grey: one random circuit of equal size)</text>")  # fmt: skip
+    said = "edges (blue: the circuit, with its 95% interval; grey: one random circuit of equal size)"
+    place = f'x="{(left + width) / 2:.0f}" y="{height - 8}"'
+    out.append(f'<text {place} text-anchor="middle" fill="#555">{said}</text>')
     return "\n".join([*out, "</svg>"])
 
 

@@ -51,7 +51,7 @@ TESTED_PARTS = 16
     room="circuits",
     returns="Measurement",
     data="task",
-    summary="the parts and edges that carry a task, tested on prompts kept apart (faithful, complete, minimal?)",
+    summary="the parts and edges that carry a task, tested for faithfulness on prompts kept apart",
     example="actlas fit circuit smollm2 ioi --option n=24 --option held_out=24",
     papers=("entity-tracking-finetuning",),
 )

@@ -1,16 +1,15 @@
 """A circuit as a picture: one SVG, from which the page and the PNG are made.
 
-Layers run from the input at the bottom to the logits at the top; only layers with a part of the circuit take
-room. An edge's width and opacity follow the size of its score, its colour what it enters (query, key, value,
-MLP, logits); edges that work against the answer are dashed. Parts are ordered within their layer so that edges
-are short (the barycentre heuristic of Sugiyama et al. 1981).
+Blocks run from the input at the bottom to the logits at the top; only blocks with a part of the circuit take
+room. A head stands in the column of its number, as on a heat map, MLPs in a column of their own. An edge's
+width and opacity follow the size of its score, its colour what it enters (query, key, value, MLP, logits);
+edges that work against the answer are dashed.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ NAMES = {
 DRAWN = 150
 """Edges that are drawn, the largest first: more are not readable."""
 _RECEIVER = re.compile(r"^L(\d+)([HKV])(\d+)(?:\.q)?$")
-_STEP_X, _STEP_Y, _WIDE, _HIGH, _LEFT, _TOP = 84, 62, 66, 24, 64, 74
+_STEP_X, _STEP_Y, _WIDE, _HIGH, _LEFT, _TOP = 86, 60, 62, 22, 64, 66
 
 
 @dataclass(frozen=True)
@@ -66,47 +65,34 @@ def lines_of(circuit: Circuit, most: int = DRAWN) -> list[Line]:
     return found
 
 
-def layout(lines: list[Line]) -> tuple[dict[str, tuple[float, int]], list[tuple[str, int]]]:
-    """Return the place of every part (x in steps, row from the bottom), and (label, row) of every layer."""
+def layout(lines: list[Line]) -> tuple[dict[str, tuple[float, float]], list[tuple[str, float]], int]:
+    """Return the place of every part, the rows' labels and places, and the number of columns.
+
+    A row is a block, a column a head number that occurs, and MLPs stand in the last column, half a row up.
+    """
     names = dict.fromkeys(n for line in lines for n in (line.source, line.target))
-    layer = {n: _layer(n) for n in names}
-    kept = sorted(set(layer.values()))
-    row = {n: kept.index(layer[n]) for n in names}
-    members: dict[int, list[str]] = defaultdict(list)
-    for n in sorted(names, key=lambda n: (row[n], n)):
-        members[row[n]].append(n)
-    widest = max(len(m) for m in members.values())
-    x: dict[str, float] = {}
-    for m in members.values():
-        x |= {n: (widest - len(m)) / 2 + i for i, n in enumerate(m)}
-    near: dict[str, list[tuple[str, float]]] = defaultdict(list)
-    for line in lines:
-        near[line.source].append((line.target, abs(line.edge.score)))
-        near[line.target].append((line.source, abs(line.edge.score)))
-    for sweep in range(8):
-        for r in sorted(members, reverse=bool(sweep % 2)):
-            want = {
-                n: sum(x[o] * w for o, w in near[n]) / max(sum(w for _, w in near[n]), 1e-12)
-                for n in members[r]
-            }
-            members[r].sort(key=lambda n: (want[n], n))
-            x |= {n: (widest - len(members[r])) / 2 + i for i, n in enumerate(members[r])}
-    labels = [
-        ("" if not 0 <= k[0] < 10**6 else f"{k[0]}{' MLP' if k[1] else ''}", r) for r, k in enumerate(kept)
-    ]
-    return {n: (x[n], row[n]) for n in names}, labels
+    found = {n: _place(n) for n in names if n not in (INPUT, LOGITS)}
+    used = sorted({h for _, h in found.values() if h is not None})
+    rows = sorted({b for b, _ in found.values()})
+    columns = len(used) + 1
+    places = {}
+    for name, (block, h) in found.items():
+        row = float(rows.index(block) + 1)
+        places[name] = (float(used.index(h)), row) if h is not None else (columns - 1.0, row + 0.45)
+    middle = (columns - 1) / 2
+    places |= {n: (middle, 0.0 if n == INPUT else len(rows) + 1.3) for n in (INPUT, LOGITS) if n in names}
+    return places, [(f"block {b}", float(rows.index(b) + 1)) for b in rows], columns
 
 
 def svg(circuit: Circuit, most: int = DRAWN) -> str:
     """Return the picture as SVG text, with a tooltip on every part and edge."""
     lines = lines_of(circuit, most)
-    places, labels = layout(lines)
-    rows = len(labels)
-    width = _LEFT + _STEP_X * (max(x for x, _ in places.values()) + 1) + 24
-    width = max(width, 660)
-    height = _TOP + _STEP_Y * rows + 46
+    places, labels, columns = layout(lines)
+    rows = len(labels) + 2.3
+    width = max(_LEFT + _STEP_X * columns + 24, 800)
+    height = _TOP + _STEP_Y * rows + 40
     middle = {
-        n: (_LEFT + _STEP_X * (x + 0.5), _TOP + _STEP_Y * (rows - r - 0.5)) for n, (x, r) in places.items()
+        n: (_LEFT + _STEP_X * (x + 0.5), _TOP + _STEP_Y * (rows - r - 0.6)) for n, (x, r) in places.items()
     }
     largest = max(abs(line.edge.score) for line in lines) or 1.0
     drawn = min(most, len(circuit.edges))
@@ -121,7 +107,7 @@ def svg(circuit: Circuit, most: int = DRAWN) -> str:
         _text(20, 48, f"{what}, {circuit.method}{_score(circuit)}", 12, "#555555"),
     ]
     for label, r in labels:
-        y = _TOP + _STEP_Y * (rows - r - 0.5)
+        y = _TOP + _STEP_Y * (rows - r - 0.6)
         if label:
             out.append(_text(20, y + 4, label, 10, "#999999"))
             out.append(
@@ -150,12 +136,12 @@ def png(circuit: Circuit, most: int = DRAWN) -> bytes:
         raise FailureError(f"the circuit could not be drawn: {error}") from error
 
 
-def _layer(name: str) -> tuple[int, int]:
-    if name == INPUT:
-        return (-1, 0)
-    if name == LOGITS:
-        return (10**6, 0)
-    return (int(name.split()[1]), 1) if name.startswith("MLP") else (int(name[1:].split("H")[0]), 0)
+def _place(name: str) -> tuple[int, int | None]:
+    """Return (block, head) of a part, (block, `None`) of an MLP."""
+    if name.startswith("MLP"):
+        return int(name.split()[1]), None
+    block, number = name[1:].split("H")
+    return int(block), int(number)
 
 
 def _score(circuit: Circuit) -> str:
@@ -176,7 +162,8 @@ def _curve(line: Line, middle: dict[str, tuple[float, float]], size: float) -> s
     dash = ' stroke-dasharray="5 3"' if e.score < 0 else ""
     return (
         f'<path class="edge" data-a="{_id(line.source)}" data-b="{_id(line.target)}" fill="none"'
-        f' stroke="{COLOURS[line.kind]}" stroke-width="{0.7 + 5.3 * size:.2f}" stroke-opacity="{0.22 + 0.68 * size:.2f}"'
+        f' stroke="{COLOURS[line.kind]}" stroke-width="{0.8 + 6 * size**0.7:.2f}"'
+        f' stroke-opacity="{0.2 + 0.7 * size**0.7:.2f}"'
         f'{dash} d="M{x1:.1f},{y1:.1f} C{x1:.1f},{y1 - bend:.1f} {x2:.1f},{y2 + bend:.1f} {x2:.1f},{y2:.1f}">'
         f"<title>{html.escape(said)}</title></path>"
     )
@@ -199,16 +186,16 @@ def _box(name: str, x: float, y: float, loss: float | None) -> str:
 def _legend(height: float) -> list[str]:
     out, x, y = [], 20.0, height - 18
     for kind, said in NAMES.items():
-        out.append(
-            f'<line x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" stroke="{COLOURS[kind]}" stroke-width="3"/>'
-        )
+        out.append(_stroke(x, y, f'stroke="{COLOURS[kind]}" stroke-width="3"'))
         out.append(_text(x + 28, y, said, 11, "#555555"))
         x += 46 + 6.2 * len(said)
-    out.append(
-        f'<line x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" stroke="#888888" stroke-width="2" stroke-dasharray="5 3"/>'
-    )
+    out.append(_stroke(x, y, 'stroke="#888888" stroke-width="2" stroke-dasharray="5 3"'))
     out.append(_text(x + 28, y, "against the answer", 11, "#555555"))
     return out
+
+
+def _stroke(x: float, y: float, style: str) -> str:
+    return f'<line x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y - 4:.1f}" y2="{y - 4:.1f}" {style}/>'
 
 
 def _text(

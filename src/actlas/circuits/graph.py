@@ -61,8 +61,8 @@ class Graph:
             raise ModelError(f"{model.name} ({model.kind}) is no causal language model with a layout")
         if tower.post_norm or tower.attn_out_norm or tower.mlp_out_norm:
             raise ModelError(
-                f"{model.name} has norms between its parts and the residual stream, so inputs are no sums over"
-                " edges; patch whole components instead"
+                f"{model.name} has norms between its parts and the residual stream, so inputs are no sums"
+                " over edges; patch whole components instead"
             )
         return cls(tower.n_blocks, tower.heads, tower.kv_heads or tower.heads, tower.parallel)
 

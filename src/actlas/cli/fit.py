@@ -26,6 +26,7 @@ app = new_app()
     epilog=example(
         "actlas fit probe smollm2 sentiment --site blocks.15.resid_post -o probe/",
         "actlas fit pca smollm2 prose --site blocks.15.resid_post --option k=32 -o pca/",
+        "actlas fit steer smollm2 pairs.jsonl -o vec/ --plot curve.html",
         "actlas fit sae smollm2 --site blocks.15.resid_post --corpus prose --width 8x --k 32 -o sae/",
         "actlas methods                                      (lists what can be fitted)",
     ),
@@ -53,6 +54,10 @@ def fit(
     corpus: Annotated[
         str | None, typer.Option("--corpus", metavar="DATA", help="The same as DATA, as an option.")
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Plot effect against price (.html, .png, .svg, .json)."),
+    ] = None,
     json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -75,6 +80,8 @@ def fit(
         target = out_folder or Path(method)
         if info.returns != "Measurement":
             check_target(target)
+        if plot is not None:
+            _check_plot(info, plot)
         if info.data in ("corpus", "requests") and data is not None:
             given: Any = _load_data(info, data, None, seed)  # before the model: it is quicker to be wrong
             loaded = load_model(model)
@@ -82,7 +89,10 @@ def fit(
             loaded = load_model(model)
             given = None if data is None else _load_data(info, data, loaded, seed)
         arguments = (loaded,) if info.data == "none" else (loaded, given)
-        _finish(out, info, loaded, info.fit(*arguments, **options), target)
+        made = info.fit(*arguments, **options)
+        _finish(out, info, loaded, made, target)
+        if plot is not None:
+            _plot(out, loaded, given, made, options, plot)
 
 
 def _finish(out: Output, info: MethodInfo, model: Model, made: Any, target: Path) -> None:
@@ -101,6 +111,38 @@ def _finish(out: Output, info: MethodInfo, model: Model, made: Any, target: Path
         out.say(*_use(made, model.name, target))
     out.document["measurements"] = list(found)
     out.measurements(found)
+
+
+def _check_plot(info: MethodInfo, plot: Path) -> None:
+    """Refuse a plot that cannot be made, before anything is fitted."""
+    from actlas.steering.curve import SUFFIXES
+
+    if info.name != "steer":
+        raise InputError(f"{info.name} has no effect and price to plot; --plot is for steer")
+    if plot.suffix.lower() not in SUFFIXES:
+        raise InputError(f"--plot {plot}: a plot is one of {', '.join(SUFFIXES)}, e.g. curve.html")
+    if not plot.parent.is_dir():
+        raise InputError(f"--plot {plot}: there is no folder {plot.parent}; make it, or name another")
+
+
+def _plot(out: Output, model: Model, pairs: Any, made: Any, options: dict[str, Any], plot: Path) -> None:
+    """Draw what the edit buys and costs at several strengths, on the pairs that were kept apart."""
+    from actlas.core.contrast import Contrast
+    from actlas.core.direction import Direction
+    from actlas.core.edits import Add
+    from actlas.steering.curve import effect_curve, save_plot
+
+    if not isinstance(made, Add):
+        raise InputError(f"only one addition can be plotted, not {made.describe()}; leave out --plot")
+    _, test = Contrast.of(pairs).split(options.get("held_out", 0.25), options.get("seed", 0))
+    vector = (made.strength * made.vector).flatten()
+    direction = Direction(site=made.site, vector=vector, method=options.get("method", "mean_diff"))
+    rows = effect_curve(
+        model, test, direction, (-2, -1.5, -1, -0.5, 0.5, 1, 1.5, 2), random=2, seed=options.get("seed", 0)
+    )
+    save_plot(rows, plot, f"{direction.method} at {made.site}, {len(test)} held-out pairs, strengths -2 to 2")
+    out.document |= {"plot": str(plot), "curve": rows}
+    out.say(f"effect against price: {plot}")
 
 
 def _use(made: Any, model: str, target: Path) -> list[str]:

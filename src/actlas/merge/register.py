@@ -1,3 +1,3 @@
 """Imports every method of this room, so that the registry knows it."""
 
-from actlas.merge import ties  # noqa: F401
+from actlas.merge import experts, ties  # noqa: F401

@@ -109,7 +109,7 @@ def _components(context: Context, made: Task) -> _Found:
             name, e.value, "fraction", len(pairs) - half, e.low, e.high, "bootstrap over prompts",
             context.seed, group={**group, "component": e.label}, note=note,
         )
-        for e in exact.intervals(range(len(order)))
+        for e in sorted(exact.intervals(range(len(order))), key=lambda e: -abs(e.value))
     ]  # fmt: skip
     sizes = exact.values[len(order) :].abs()
     control = Measurement(
