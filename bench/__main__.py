@@ -8,7 +8,7 @@ import sys
 
 NAMES = (
     *("startup", "kernels", "loading", "reading", "streaming", "harvest", "dictionaries"),
-    *("steering", "patching"),
+    *("steering", "decode", "patching"),
 )
 
 

@@ -111,8 +111,8 @@ def measured_coupling(y1: FeatureVector | Tensor, y2: FeatureVector | Tensor, x:
 def coupling_agreement(found: list[MeasuredCoupling], *, seed: int = 0, **group: str) -> Measurement:
     """Return r2 of measured slopes against foretold couplings over several pairs of features.
 
-    It is the r2 of the identity line, `1 - sum (slope - C)^2 / sum (slope - mean slope)^2`, so that a constant
-    factor counts as a miss; the squared correlation stands in the details.
+    It is the r2 of the identity line, `1 - sum (slope - C)^2 / sum (slope - mean slope)^2`, so that a
+    constant factor counts as a miss; the squared correlation stands in the details.
 
     Raises:
         InputError: fewer than 4 pairs.

@@ -4,9 +4,9 @@
     minimise  -logit(target) + lam sum_h (1 - m_h)          m in [0, 1], Adam; in the end m_h < 0.5 is patched
 
 A desideratum says what the answer should become if the heads carry a piece of information: the source
-prompt differs from the base prompt in it, and the target is the answer that would follow. Heads that need not be
-patched to reach the target are not (the penalty). The mask is learned on one part of the triples and judged
-on another, beside patching the whole group, random heads of equal number, and nothing.
+prompt differs from the base prompt in it, and the target is the answer that would follow. Heads that need
+not be patched to reach the target are not (the penalty). The mask is learned on one part of the triples and
+judged on another, beside patching the whole group, random heads of equal number, and nothing.
 
 Source: Davies et al. 2023 (arXiv 2307.03637); Prakash et al. 2024 (arXiv 2402.14811), section 5 and its
 repository's `DCM.py` (lam 0.01, Adam 0.1, mask rounded at 0.5).
@@ -96,21 +96,10 @@ def dcm(
     order = torch.randperm(len(triples), generator=generator).tolist()
     cut = max(1, min(len(triples) - 1, round(len(triples) * (1 - held_out))))
     fit, test = ([triples[i] for i in part] for part in (order[:cut], order[cut:]))
-    runs = MaskedRuns(model, fit, heads)
-    mask = torch.ones(len(heads), device=model.device).requires_grad_()
-    optimiser = torch.optim.Adam([mask], lr=lr)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(fit), generator=generator).split(batch):
-            optimiser.zero_grad()
-            with torch.enable_grad():
-                logits = runs.logits(mask, rows, columns=runs.targets[rows][:, None])
-                loss = -logits[:, 0].mean() + lam * (1 - mask).sum()
-                loss.backward()
-            optimiser.step()
-            with torch.no_grad():
-                mask.clamp_(0, 1)
-    learned = HeadMask(heads, mask.detach().cpu())
-    tests = MaskedRuns(model, test, heads)
+    runs = MaskedRuns.of(model, fit, heads)
+    mask = learn(runs, lam=lam, lr=lr, epochs=epochs, batch=batch, generator=generator)
+    learned = HeadMask(heads, mask.cpu())
+    tests = MaskedRuns.of(model, test, heads)
     hits = {
         "mask": tests.hits((learned.mask >= 0.5).float()),
         "whole group": tests.hits(torch.zeros(len(heads))),
@@ -143,31 +132,70 @@ def dcm(
     return HeadMask(heads, learned.mask, tuple(found))
 
 
+def learn(
+    runs: MaskedRuns,
+    *,
+    lam: float = 0.01,
+    lr: float = 0.1,
+    epochs: int = 2,
+    batch: int = 8,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the mask `[heads]` that reaches the targets of some runs at the smallest price; see `dcm`."""
+    mask = torch.ones(len(runs.group), device=runs.targets.device).requires_grad_()
+    optimiser = torch.optim.Adam([mask], lr=lr)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(runs.targets), generator=generator).split(batch):
+            optimiser.zero_grad()
+            with torch.enable_grad():
+                logits = runs.logits(mask, rows, columns=runs.targets[rows][:, None])
+                (-logits[:, 0].mean() + lam * (1 - mask).sum()).backward()
+            optimiser.step()
+            with torch.no_grad():
+                mask.clamp_(0, 1)
+    return mask.detach()
+
+
 class MaskedRuns:
     """Base prompts whose heads are mixed with those of source prompts at one position.
 
     Columns left of that position are run once and kept.
     """
 
-    def __init__(self, model: Model, triples: Sequence[Triple], group: Sequence[Node]) -> None:
-        self.model, self.group = model, group
-        self.base, source = (encode_left(model, [t[i] for t in triples]) for i in (0, 1))
-        tokens = Tokens(model.tokenizer)
-        ids = [tokens.one(t[0], t[2]) for t in triples]
-        self.targets = torch.tensor([-1 if i is None else i for i in ids], device=model.device)
-        if None in ids:
-            raise InputError(f"the target {triples[ids.index(None)][2]!r} must be one token after its prompt")
-        if self.base["input_ids"].shape != source["input_ids"].shape or not torch.equal(
-            self.base["attention_mask"], source["attention_mask"]
-        ):
+    def __init__(
+        self,
+        model: Model,
+        base: dict[str, Tensor],
+        source: dict[str, Tensor],
+        targets: Tensor,
+        group: Sequence[Node],
+    ) -> None:
+        same = base["input_ids"].shape == source["input_ids"].shape
+        if not same or not torch.equal(base["attention_mask"], source["attention_mask"]):
             raise InputError("base and source prompts must have equally many tokens, pair by pair")
-        self.width = self.base["input_ids"].shape[1]
+        self.model, self.group, self.base, self.targets = model, group, base, targets
+        self.width = base["input_ids"].shape[1]
         place = group[0].position
         self.column = self.width - 1 if place == "last" else self.width + int(place)
         self.sites = {b: model.resolve(f"blocks.{b}.attn.z")[0] for b in sorted({n.block for n in group})}
-        trace = model.trace(source, list(self.sites.values()))
+        trace = model.trace(source, [s.name for s in self.sites.values()])
         self.sources = {b: trace[s.name][:, self.column] for b, s in self.sites.items()}
-        self._kept = KeysValues.run(model, self.base, self.column)
+        self._kept = KeysValues.run(model, base, self.column)
+
+    @classmethod
+    def of(cls, model: Model, triples: Sequence[Triple], group: Sequence[Node]) -> MaskedRuns:
+        """Return the runs of triples of texts.
+
+        Raises:
+            InputError: prompts of different lengths, or a target of several tokens.
+        """
+        base, source = (encode_left(model, [t[i] for t in triples]) for i in (0, 1))
+        tokens = Tokens(model.tokenizer)
+        ids = [tokens.one(t[0], t[2]) for t in triples]
+        known = [i for i in ids if i is not None]
+        if len(known) < len(ids):
+            raise InputError(f"the target {triples[ids.index(None)][2]!r} must be one token after its prompt")
+        return cls(model, base, source, torch.tensor(known, device=model.device), group)
 
     def logits(self, mask: Tensor, rows: Tensor, columns: Tensor | None = None) -> Tensor:
         """Return the last logits `[rows, vocab or k]` with each head mixed by its mask."""

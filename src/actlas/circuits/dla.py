@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from actlas.circuits.batch import PromptPairs
 from actlas.circuits.graph import INPUT, Graph
 from actlas.circuits.readers import readers_of, through_norm
 from actlas.core.errors import InputError, ModelError
 from actlas.core.intervals import bootstrap_mean
 from actlas.core.layout import weight_matrix
 from actlas.core.measurement import Measurement
+from actlas.core.methods import method
 
 if TYPE_CHECKING:
-    from actlas.circuits.batch import PromptPairs
     from actlas.core.model import Model
 
 By = Literal["component", "head", "token"]
@@ -132,6 +133,31 @@ def dla(
         values.append(found)
         totals.append(total)
     return DirectEffects(tuple(labels), torch.cat(values), torch.cat(totals), model.name, pairs.task, seed)
+
+
+@method(
+    "dla",
+    room="circuits",
+    returns="Measurement",
+    data="task",
+    summary="direct logit attribution: what each head and MLP adds to the answer's logit by itself",
+    example="actlas fit dla smollm2 ioi --option top=15",
+)
+def fit_dla(
+    model: Model, data: Any, *, by: str = "head", prompts: int = 32, top: int = 10, seed: int = 0
+) -> tuple[Measurement, ...]:
+    """Return the largest direct effects on a task's logit difference.
+
+    Args:
+        model: a causal language model with a tokenizer.
+        data: a task.
+        by: `"component"` or `"head"`.
+        prompts: pairs of prompts.
+        top: how many parts are returned.
+        seed: of the intervals.
+    """
+    pairs = PromptPairs.from_task(model, data, n=prompts, seed=seed)
+    return tuple(dla(model, pairs, cast("By", by), seed=seed).top(top))
 
 
 class Functional:

@@ -156,6 +156,7 @@ def _curve(line: Line, middle: dict[str, tuple[float, float]], size: float) -> s
     (x1, y1), (x2, y2) = middle[line.source], middle[line.target]
     y1, y2 = y1 - _HIGH / 2, y2 + _HIGH / 2
     bend = (y1 - y2) * 0.45
+    side = min(60.0, 8 + abs(y1 - y2) * 0.12) if abs(x1 - x2) < 1 else 0.0  # around the parts between
     e = line.edge
     bounds = "" if e.low is None or e.high is None else f" [{e.low:+.3f}, {e.high:+.3f}]"
     said = f"{e.source} to {e.target}: {e.score:+.3f}{bounds}"
@@ -164,7 +165,8 @@ def _curve(line: Line, middle: dict[str, tuple[float, float]], size: float) -> s
         f'<path class="edge" data-a="{_id(line.source)}" data-b="{_id(line.target)}" fill="none"'
         f' stroke="{COLOURS[line.kind]}" stroke-width="{0.8 + 6 * size**0.7:.2f}"'
         f' stroke-opacity="{0.2 + 0.7 * size**0.7:.2f}"'
-        f'{dash} d="M{x1:.1f},{y1:.1f} C{x1:.1f},{y1 - bend:.1f} {x2:.1f},{y2 + bend:.1f} {x2:.1f},{y2:.1f}">'
+        f'{dash} d="M{x1:.1f},{y1:.1f} C{x1 + side:.1f},{y1 - bend:.1f} '
+        f'{x2 + side:.1f},{y2 + bend:.1f} {x2:.1f},{y2:.1f}">'
         f"<title>{html.escape(said)}</title></path>"
     )
 

@@ -2,7 +2,7 @@
 
     pronoun = Observable({" she": 1, " he": -1})
     pronoun.value(model, ["My sister said that"])     # [1], logit(she) - logit(he)
-    pronoun.readout(model)                            # [d], y = W_U' n, what the final norm's output is read with
+    pronoun.readout(model)                            # [d], y = W_U' n, reads the final norm's output
 
 An observable needs no data: what it is pulled back to through the network (`propagate`) says which
 directions of an activation move it.
@@ -46,9 +46,13 @@ class Observable:
             raise InputError("an observable needs tokens; give e.g. {' she': 1, ' he': -1}")
         wrong = [(t, c) for t, c in self.tokens.items() if not math.isfinite(c) or c == 0]
         if wrong:
-            raise InputError(f"the coefficient of {wrong[0][0]!r} is {wrong[0][1]}; it must be a number, not 0")
+            raise InputError(
+                f"the coefficient of {wrong[0][0]!r} is {wrong[0][1]}; it must be a number, not 0"
+            )
         if not self.name:
-            object.__setattr__(self, "name", " ".join(f"{c:+g}{str(t).strip()}" for t, c in self.tokens.items()))
+            object.__setattr__(
+                self, "name", " ".join(f"{c:+g}{str(t).strip()}" for t, c in self.tokens.items())
+            )
 
     @classmethod
     def of_pairs(cls, pairs: PromptPairs) -> Observable:
@@ -64,8 +68,8 @@ class Observable:
         kept = {i: c for i, c in share.items() if abs(c) > 1e-12}
         if not kept:
             raise InputError(
-                f"answers and wrong answers of {pairs.task} cancel: each token is both equally often. Take pairs"
-                " of one kind, or name the tokens"
+                f"answers and wrong answers of {pairs.task} cancel: each token is both equally often. Take"
+                " pairs of one kind, or name the tokens"
             )
         return cls(kept, pairs.task)
 
@@ -126,7 +130,7 @@ def _one(model: Model, text: str) -> int:
     ids: Sequence[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise InputError(
-            f"{text!r} is {len(ids)} tokens for {model.name}; an observable needs single tokens (a leading space"
-            " matters)"
+            f"{text!r} is {len(ids)} tokens for {model.name}; an observable needs single tokens (a"
+            " leading space matters)"
         )
     return int(ids[0])

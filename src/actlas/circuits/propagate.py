@@ -112,7 +112,9 @@ def propagate(
     for node in reversed(path):
         kind, order = _kind(model, node)
         if order >= after:
-            raise InputError(f"{node.label} does not come before what follows it in the path; order it as run")
+            raise InputError(
+                f"{node.label} does not come before what follows it in the path; order it as run"
+            )
         if kind == "head":
             site = f"blocks.{node.block}.resid_pre"
             y = head_features(model, y[None], node.block, gain=False)[0, node.index or 0]

@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": "Evaluate a dictionary with SAEBench's measures.",
     "judge": "Judge a dictionary on a task whose variables are known.",
     "patch": "Find the parts of a model that carry a behaviour.",
+    "circuit": "Find the circuit of a task and test whether it is faithful.",
     "convert": "Turn SAELens or control-vector files into ours, or back.",
     "similarity": "Compare the layers of two models on the same tokens.",
     "select": "Choose the texts of a pool that are most like a few examples.",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actlas.core.activation_function import activation_name
+from actlas.core.activation_function import activation_function, activation_name
 from actlas.core.edit import Edit, compose
 from actlas.core.errors import InputError, ModelError
 from actlas.core.layout import Tap, find, join
@@ -222,7 +222,5 @@ def fewer_experts(
 
 
 def _run(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-    from transformers.activations import ACT2FN
-
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(ACT2FN[activation](gate) * up, down)
+    return F.linear(activation_function(activation)(gate) * up, down)

@@ -93,11 +93,15 @@ def rotary_of(model: Model) -> Rotary:
     module: Any = find(plain_module(model.module), join(root, "rotary_emb"))
     frequencies = getattr(module, "inv_freq", None)
     if not isinstance(frequencies, Tensor):
-        raise ModelError(f"{model.name} has no rotary embedding beside its blocks; its keys carry no rotation")
+        raise ModelError(
+            f"{model.name} has no rotary embedding beside its blocks; its keys carry no rotation"
+        )
     rope = str(getattr(module, "rope_type", "default"))
     if rope in _BY_LENGTH:
         raise ModelError(f"{model.name} has {rope} rotary frequencies, which depend on the input's length")
     if 2 * len(frequencies) != tower.head_dim:
-        raise ModelError(f"{model.name} rotates {2 * len(frequencies)} of {tower.head_dim} channels of a head")
+        raise ModelError(
+            f"{model.name} rotates {2 * len(frequencies)} of {tower.head_dim} channels of a head"
+        )
     values = tuple(float(f) for f in frequencies.detach().double().cpu())
     return Rotary(values, rope, float(getattr(module, "attention_scaling", 1.0)))

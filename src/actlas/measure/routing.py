@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from actlas.core.errors import InputError, ModelError, NonFiniteError
 from actlas.core.layout import Tap, find
 from actlas.core.measurement import Measurement
+from actlas.core.methods import method
 from actlas.core.model import Model
 from actlas.measure.reading import read, token_rows
-from actlas.measure.registry import measure
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,22 +187,22 @@ def gini(x: NDArray[np.float64]) -> float:
     return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * total)) if total else 0.0
 
 
-@measure(
+@method(
     "expert-load",
-    summary="how unevenly experts are used: Gini coefficient of their loads, and the busiest one's share",
-    unit="fraction",
-    needs=("any",),
+    room="measure",
+    returns="Measurement",
     data="corpus",
-    quick={"tokens": 2048},
-    source="MoETuner (2025), section 4",
+    summary="how unevenly a mixture's experts are used: the Gini coefficient of their loads, per layer",
+    example="actlas fit expert-load my-mixtral/ prose",
+    papers=("moetuner",),
 )
-def expert_load(model: Model, corpus: Any, *, tokens: int = 8192, context: int = 256) -> list[Measurement]:
+def expert_load(model: Model, data: Any, *, tokens: int = 8192, context: int = 256) -> list[Measurement]:
     """Return, per layer, the Gini coefficient of expert loads.
 
     Args:
-        model, corpus, tokens, context: as of `trace_routing`.
+        model, data, tokens, context: as of `trace_routing`.
     """
-    trace = trace_routing(model, corpus, tokens=tokens, context=context)
+    trace = trace_routing(model, data, tokens=tokens, context=context)
     out = []
     for layer, active in zip(trace.layers, trace.active, strict=True):
         load = active.double().sum(0).numpy()

@@ -1,3 +1,3 @@
 """Imports every method of this room, so that the registry knows it."""
 
-from actlas.select import precision  # noqa: F401
+from actlas.select import cross_task, precision  # noqa: F401

@@ -1,3 +1,16 @@
 """Imports every method of this room, so that the registry knows it."""
 
-from actlas.sparsity import expert_pruning, layer_skip, ppl_sparsity  # noqa: F401
+from actlas.sparsity import (  # noqa: F401
+    chess,
+    core_clusters,
+    core_neurons,
+    expert_pruning,
+    kv_rules,
+    layer_skip,
+    placing, ppl_sparsity,
+    priced_inputs,
+    r_sparse,
+    spec_kv,
+    spec_pc,
+    wina,
+)

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from actlas.core.model import Model
 
 LABELS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
-OBJECTS = tuple(
-    ["apple", "bell", "book", "bread", "brush", "camera", "candle", "card", "chain", "chair", "clock", "coat", "coin", "computer", "cup", "disk", "drum", "engine", "fan", "flag", "flower", "fork", "gift", "glass", "guitar", "gun", "hammer", "hat", "helmet", "jacket", "key", "knife", "lamp", "letter", "machine", "magnet", "map", "medal", "medicine", "milk", "mirror", "needle", "note", "paper", "pen", "phone", "picture", "pie", "pipe", "plane", "plant", "plate", "pot", "radio", "ring", "rock", "rope", "rose", "scarf", "shell", "ship", "shirt", "shoe", "stone", "string", "suit", "tape", "ticket", "tie", "tool", "train", "tree", "watch", "wheel", "wire"]
-)
+_OBJECTS = """
+apple bell book bread brush camera candle card chain chair clock coat coin computer cup disk drum
+engine fan flag flower fork gift glass guitar gun hammer hat helmet jacket key knife lamp letter
+machine magnet map medal medicine milk mirror needle note paper pen phone picture pie pipe plane
+plant plate pot radio ring rock rope rose scarf shell ship shirt shoe stone string suit tape ticket
+tie tool train tree watch wheel wire
+"""
+OBJECTS = tuple(_OBJECTS.split())
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,9 @@ def lettered_items(
         options = draw.sample(list(words), 4)
         place = i % 4
         other = draw.choice([k for k in range(4) if k != place])
-        made, swapped = (_item(options, labels, at, against, i) for at, against in ((place, other), (other, place)))
+        made, swapped = (
+            _item(options, labels, at, against, i) for at, against in ((place, other), (other, place))
+        )
         found.append(TaskItem(**{**vars(made), "counterfactual": swapped}))
     return found
 

@@ -35,8 +35,17 @@ from torch import Tensor
 from actlas.core.artifact import load_artifact, save_artifact
 from actlas.core.errors import ArtifactError, FingerprintError, InputError, ModelError
 from actlas.core.fingerprint import Fingerprint
-from actlas.core.rotary import Rotary, rotary_of
+from actlas.core.rotary import Rotary
 from actlas.store.identity import weights_digest
+from actlas.store.memory.running import (
+    check_context,
+    installed_edits,
+    more_ids,
+    one_row,
+    rotation,
+    run,
+    stack,
+)
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -83,14 +92,14 @@ class KVBlock:
             InputError: more than one text, or positions beyond the model's context.
             ModelError: the model does not hand out keys and values of all tokens.
         """
-        ids = _one_row(model, text)
+        ids = one_row(model, text)
         if start < 0:
             raise InputError(f"start is {start}; positions begin at 0")
         positions = tuple(range(start, start + len(ids)))
-        _check_context(model, positions[-1] + 1)
+        check_context(model, positions[-1] + 1)
         with torch.no_grad():
-            _, cache = _run(model, ids, positions, None)
-        keys, values = _stack(model, cache, len(ids))
+            _, cache = run(model, ids, positions, None)
+        keys, values = stack(model, cache, len(ids))
         return cls(
             keys,
             values,
@@ -98,8 +107,8 @@ class KVBlock:
             positions,
             model.fingerprint,
             weights_digest(model),
-            _rotary(model),
-            _under(model),
+            rotation(model),
+            installed_edits(model),
             exact=start == 0,
         )
 
@@ -125,14 +134,14 @@ class KVBlock:
         self.fingerprint.check(model.fingerprint, "this KV block")
         if model.dtype != self.keys.dtype:
             raise FingerprintError(f"this KV block is {self.keys.dtype}, but {model.name} is {model.dtype}")
-        if _rotary(model) != self.rotary:
+        if rotation(model) != self.rotary:
             raise FingerprintError(f"this KV block was made with other rotary settings than {model.name} has")
         if weights_digest(model) != self.weights:
             raise FingerprintError(
                 f"this KV block was made with other weights than {model.name} has; build it again"
             )
-        if _under(model) != self.under:
-            had, now = " + ".join(self.under) or "none", " + ".join(_under(model)) or "none"
+        if installed_edits(model) != self.under:
+            had, now = " + ".join(self.under) or "none", " + ".join(installed_edits(model)) or "none"
             raise FingerprintError(f"this KV block was made under the edits {had}; installed now: {now}")
 
     def cache(self, rows: int = 1) -> Any:
@@ -161,11 +170,11 @@ class KVBlock:
             InputError: no tokens, or more than the context holds.
         """
         self.check(model)
-        ids = _more_ids(model, more)
+        ids = more_ids(model, more)
         positions = range(self.next_position, self.next_position + len(ids))
-        _check_context(model, positions[-1] + 1)
+        check_context(model, positions[-1] + 1)
         with torch.no_grad():
-            return _run(model, ids, positions, self.cache())
+            return run(model, ids, positions, self.cache())
 
     def prefill(self, model: Model, inputs: str | Sequence[int] | Sequence[Any]) -> tuple[Tensor, Any]:
         """Run a whole prompt that begins with this block, computing only what comes after it.
@@ -180,7 +189,7 @@ class KVBlock:
         Raises:
             InputError: the prompt does not begin with the block's tokens (the first that differs is named).
         """
-        ids = _one_row(model, inputs)
+        ids = one_row(model, inputs)
         kept = min(len(self), len(ids) - 1)
         for i in range(min(len(self), len(ids))):
             if ids[i] != self.ids[i]:
@@ -200,15 +209,15 @@ class KVBlock:
         """Return the greedy continuation of this block and a query, as ids."""
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        ids = _more_ids(model, query)
+        ids = more_ids(model, query)
         place = self.next_position + len(ids)
-        _check_context(model, place + max_new_tokens - 1)
+        check_context(model, place + max_new_tokens - 1)
         logits, cache = self.extend(model, ids)
         end = getattr(model.tokenizer, "eos_token_id", None)
         made = [int(logits[-1].argmax())]
         while len(made) < max_new_tokens and made[-1] != end:
             with torch.no_grad():
-                logits, cache = _run(model, made[-1:], [place + len(made) - 1], cache)
+                logits, cache = run(model, made[-1:], [place + len(made) - 1], cache)
             made.append(int(logits[-1].argmax()))
         return made
 
@@ -280,7 +289,7 @@ class KVBlock:
             if model is None:
                 raise InputError("fix='recompute' runs the second block again; give model=")
             _, cache = self.extend(model, other.ids)
-            keys, values = _stack(model, cache, len(self) + len(other))
+            keys, values = stack(model, cache, len(self) + len(other))
             places = range(self.next_position, self.next_position + len(other))
             whole = self.ids + other.ids
             return replace(
@@ -359,62 +368,3 @@ class KVBlock:
         if not fits or len(block.positions) != n or str(block.keys.dtype) != f"torch.{record['dtype']}":
             raise ArtifactError(f"{path} is a KV block whose parts do not fit each other; build it again")
         return block
-
-
-def _run(model: Model, ids: Sequence[int], positions: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
-    """Run one row of tokens; return logits `[tokens, vocabulary]` and the grown cache."""
-    from transformers import DynamicCache
-
-    row = torch.tensor([list(ids)], device=model.device)
-    where = torch.tensor([list(positions)], device=model.device)
-    past = DynamicCache() if cache is None else cache
-    output = model.module(input_ids=row, position_ids=where, past_key_values=past, use_cache=True)
-    return output.logits[0], output.past_key_values
-
-
-def _stack(model: Model, cache: Any, n: int) -> tuple[Tensor, Tensor]:
-    layers = getattr(cache, "layers", ())
-    held = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in layers]
-    if not held or any(k is None or v is None or k.ndim != 4 or k.shape[2] != n for k, v in held):
-        raise ModelError(
-            f"{model.name} does not keep keys and values of all {n} tokens in all blocks (a sliding or hybrid "
-            "cache), so they cannot be stored"
-        )
-    keys = torch.stack([k[0] for k, _ in held if k is not None])
-    return keys.detach().clone(), torch.stack([v[0] for _, v in held if v is not None]).detach().clone()
-
-
-def _rotary(model: Model) -> Rotary | None:
-    try:
-        return rotary_of(model)
-    except ModelError:
-        return None
-
-
-def _under(model: Model) -> tuple[str, ...]:
-    return tuple(e.describe() for e in model.installed)
-
-
-def _one_row(model: Model, text: Any) -> tuple[int, ...]:
-    if model.kind != "causal-lm":
-        raise ModelError(f"{model.name} ({model.kind}) is not a decoder, so it has no reusable cache")
-    ids = model.encode(list(text) if isinstance(text, tuple) else text)["input_ids"]
-    if ids.shape[0] != 1:
-        raise InputError(f"a block holds one text, not {ids.shape[0]}")
-    return tuple(ids[0].tolist())
-
-
-def _more_ids(model: Model, more: str | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(more, str):
-        if model.tokenizer is None:
-            raise ModelError(f"{model.name} has no tokenizer; give token ids")
-        more = model.tokenizer.encode(more, add_special_tokens=False)
-    if not len(more):
-        raise InputError("no token was given to run behind the block; give some text")
-    return tuple(int(i) for i in more)
-
-
-def _check_context(model: Model, needed: int) -> None:
-    limit = model.context_length
-    if limit is not None and needed > limit:
-        raise InputError(f"{needed} positions are needed, but {model.name} has a context of {limit}")
