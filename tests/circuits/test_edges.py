@@ -224,6 +224,7 @@ def test_a_circuit_saves_loads_and_draws(found: tuple[Model, PromptPairs, Circui
     again = Circuit.load(tmp_path / "c", model)
     assert again.to_json() == circuit.to_json() and torch.equal(again.mask, circuit.mask)
     assert circuit.save_png(tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert circuit.save_svg(tmp_path / "c.svg").read_text().startswith("<svg xmlns=")
     text = circuit.to_html(tmp_path / "c.html").read_text()
     assert "Circuit of tiny-llama" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
     for edge in circuit.edges[:20]:
@@ -352,10 +353,10 @@ def test_the_command_finds_saves_and_draws_a_circuit(
     document = json.loads(said.out)
     assert document["edges"] and document["scores"][0]["name"] == "circuit faithfulness"
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-    edit = ["--edit", tmp_path / "rest"]
+    edit = ["--edit", tmp_path / "rest", "--svg", tmp_path / "c.svg"]
     assert main([str(a) for a in ("circuit", tiny, "--load", tmp_path / "c", *edit)]) == 0
     assert "circuit faithfulness" in capsys.readouterr().out
-    assert Edit.load(tmp_path / "rest", model).parts()
+    assert Edit.load(tmp_path / "rest", model).parts() and (tmp_path / "c.svg").stat().st_size > 1000
     for arguments, expected in (
         (("circuit", tiny), "give a task with --task"),
         (("circuit", tiny, "--task", file, "--html", tmp_path), "is a folder"),

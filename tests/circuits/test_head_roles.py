@@ -220,3 +220,35 @@ def test_classify_heads_covers_every_head_and_checks_labels(case: tuple[Any, Pro
     torch.testing.assert_close(some[0].right, found[6].right)
     with pytest.raises(InputError, match="right in some"):
         classify_heads(model, pairs, positions, torch.tensor([0, 0, 0, 0]))
+
+
+def test_features_and_subspaces_are_fitted_by_name() -> None:
+    from actlas.circuits.fit_features import as_head
+    from actlas.core.methods import find_method
+
+    assert as_head("L2H1") == head(2, 1)
+    for wrong in ("2.1", "H1", "L2"):
+        with pytest.raises(InputError, match="names no head"):
+            as_head(wrong)
+    info = find_method("observable")
+    assert info.data == "none" and info.returns == "Lens"
+    assert find_method("head-subspace").returns == "Edit"
+    with pytest.raises(InputError, match="once"):
+        info.fit(model_of(), up="she,he", down="he")
+
+
+def test_an_observables_words_become_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from actlas.circuits import observable
+    from actlas.circuits.fit_features import fit_observable
+
+    ids = {" she": 5, " he": 7}
+    monkeypatch.setattr(observable, "_one", lambda model, text: ids[text])
+    model = model_of()
+    best = fit_observable(model, up="she", down="he")
+    named = fit_observable(model, up="she", down="he", path=best.path[0])
+    torch.testing.assert_close(best.vector, named.vector)
+    other = [
+        fit_observable(model, up="she", down="he", path=f"L{b}H{h}").norm for b in range(3) for h in range(4)
+    ]
+    assert best.norm == pytest.approx(max(other), rel=1e-5)
+    assert fit_observable(model, up="she", down="he", path="").site == "blocks.2.resid_post"

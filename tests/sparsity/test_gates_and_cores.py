@@ -13,7 +13,14 @@ from actlas.measure.linear_layers import linear_layers
 from actlas.measure.sparsity_price import sparsity_price
 from actlas.sparsity.chess import calibrate_gates, fit_chess
 from actlas.sparsity.core_clusters import CoreNeuronClusters, fit_core_clusters
-from actlas.sparsity.core_neurons import core_set, fit_core_neurons, freeze, overlap, prompt_sets, sparse_blocks
+from actlas.sparsity.core_neurons import (
+    core_set,
+    fit_core_neurons,
+    freeze,
+    overlap,
+    prompt_sets,
+    sparse_blocks,
+)
 from tests.core.tiny import TEXTS, tiny
 
 LONG = [" ".join([t] * 2)[:60] for t in TEXTS if len(t) > 10]
@@ -137,7 +144,12 @@ def test_core_neurons_of_a_text(model) -> None:
 
 
 def test_clusters_recover_topics_and_their_sets(model, tmp_path) -> None:
-    texts = ["aaaa abab abba aaba " * 3, "abab aaaa baab abba " * 3, "XYXY YYXX XXXY YXYX " * 3, "YXYX XYYX XXYY YYYX " * 3]
+    texts = [
+        "aaaa abab abba aaba " * 3,
+        "abab aaaa baab abba " * 3,
+        "XYXY YYXX XXXY YXYX " * 3,
+        "YXYX XYYX XXYY YYYX " * 3,
+    ]
     lens = fit_core_clusters(model, texts, site="blocks.1.mlp.act", k=2, keep=0.5, skip_first=0, skip_last=0)
     found = [lens.cluster(model, t) for t in texts]
     assert found[0] == found[1] != found[2] == found[3]

@@ -93,7 +93,9 @@ def test_achieved_is_what_is_counted(model) -> None:
     top = fit_wina(model, LONG, sparsity=0.5, select="topk", **READ)
     price = sparsity_price(model, LONG, top, against_base=True)
     values = {m.name: m.value for m in price}
-    assert values["weights-touched"] == pytest.approx(0.5) and values["achieved-sparsity"] == pytest.approx(0.5)
+    assert values["weights-touched"] == pytest.approx(0.5) and values["achieved-sparsity"] == pytest.approx(
+        0.5
+    )
     assert values["kl-to-dense"] > 0
     with count_touched(model) as dense:
         model.logits(TEXTS[0])
@@ -109,7 +111,12 @@ def test_gate_rows_count_for_up_and_down(model) -> None:
     with model.edit(edit), count_touched(model, edit) as found:
         model.logits(TEXTS[0])
     layers = {p.name: p for p in linear_layers(model) if p.block == 0}
-    for name, want in (("gate_proj", 12 / d_mlp), ("up_proj", 12 / d_mlp), ("down_proj", 12 / d_mlp), ("q_proj", 1.0)):
+    for name, want in (
+        ("gate_proj", 12 / d_mlp),
+        ("up_proj", 12 / d_mlp),
+        ("down_proj", 12 / d_mlp),
+        ("q_proj", 1.0),
+    ):
         assert found.per_layer[layers[name].path] == pytest.approx(want)
 
 
@@ -127,6 +134,8 @@ def test_compare_rules_pairs_only_equal_budgets(model) -> None:
     assert math.isnan(extra["c"].value) and "not at equal budgets" in extra["c"].note
     with pytest.raises(InputError, match="two rules"):
         compare_rules(model, LONG, {"a": rules["a"]})
+    with pytest.raises(InputError, match="'z' is not one"):
+        compare_rules(model, LONG, rules, pairs=[("z", "a")])
 
 
 def test_rotation_changes_nothing_until_inputs_are_skipped(model, calibration) -> None:

@@ -25,14 +25,11 @@ _LAZY = {
     "heat_map": "views",
     "attention_view": "views",
     "knob_curve": "views",
-    "dla": "dla",
     "path_patch": "path_patching",
     "attribute_edges": "edge_attribution",
     "EdgeRuns": "faithfulness",
     "Circuit": "circuit",
     "find_circuit": "circuit_search",
-    "dcm": "dcm",
-    "cmap": "cmap",
 }
 __all__ = sorted(_LAZY)
 

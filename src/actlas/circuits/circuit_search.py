@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -172,7 +173,7 @@ def circuit_of(
         means=position_means(model, search), fingerprint=model.fingerprint, seed=seed, notes=tuple(notes),
     )  # fmt: skip
     measured += mean_ablation_scores(model, found, test, controls=min(controls, 3), seed=seed)
-    return Circuit(**{**vars_of(found), "scores": tuple(measured)})
+    return replace(found, scores=tuple(measured))
 
 
 def split_by_answer(pairs: PromptPairs, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
@@ -227,11 +228,6 @@ def mean_ablation_scores(
         found.append(ratio("random parts, mean ablation", random - none, note))
         found.append(ratio("parts minus random parts, mean ablation", here - random, note))
     return found
-
-
-def vars_of(circuit: Circuit) -> dict[str, Any]:
-    """Return the fields of a circuit, for making another one."""
-    return {name: getattr(circuit, name) for name in Circuit.__dataclass_fields__}
 
 
 def _random_parts(circuit: Circuit, kept: Sequence[str], seed: int) -> list[str]:

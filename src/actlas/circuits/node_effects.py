@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from actlas.circuits.batch import PromptPairs
 from actlas.circuits.last_token import LastToken
 from actlas.circuits.nodes import Node, nodes
 from actlas.circuits.patching import patch
@@ -33,9 +32,9 @@ from actlas.core.errors import InputError, ModelError
 from actlas.core.intervals import bootstrap_mean, bootstrap_statistic
 from actlas.core.layout import weight_matrix
 from actlas.core.measurement import Measurement
-from actlas.core.methods import method
 
 if TYPE_CHECKING:
+    from actlas.circuits.batch import PromptPairs
     from actlas.core.model import Model
 
 Kind = Literal["direct", "unconditional", "total"]
@@ -288,28 +287,3 @@ def _labels(pairs: PromptPairs, labels: Tensor, weight: Tensor) -> Tensor:
     if not bool(torch.isin(pairs.answer_ids.cpu(), labels.cpu()).all()):
         raise InputError("an answer of the task is none of the labels; give the ids of every possible answer")
     return weight[labels.to(weight.device)]
-
-
-@method(
-    "node-effects",
-    room="circuits",
-    returns="Measurement",
-    data="task",
-    summary="what each head and MLP does to the answer: directly, against another prompt's output, or in all",
-    example="actlas fit node-effects smollm2 ioi --option kind=direct",
-    papers=("chinchilla-mcq-circuits",),
-)
-def fit_node_effects(
-    model: Model,
-    data: Any,
-    *,
-    kind: Kind = "direct",
-    baseline: Baseline = "resample",
-    prompts: int = 32,
-    top: int = 10,
-    seed: int = 0,
-) -> tuple[Measurement, ...]:
-    """Return the nodes with the largest effects, and how few nodes carry 80% of the sum."""
-    pairs = PromptPairs.from_task(model, data, n=prompts, seed=seed)
-    found = node_effects(model, pairs, kind=kind, baseline=baseline, seed=seed)
-    return (found.carrying_measured(), *found.top(top))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from actlas.circuits.nodes import Node, head
 from actlas.circuits.observable import Observable
-from actlas.circuits.readers import readers_of, through_norm
+from actlas.circuits.readers import _weight, readers_of, through_norm
 from actlas.core.calibration.massive import massive_rows
 from actlas.core.direction import Direction
 from actlas.core.errors import InputError, ModelError, ShapeError
@@ -157,8 +157,6 @@ def head_features(model: Model, y: Tensor, block: int, *, gain: bool = True) -> 
 
 def value_matrix(model: Model, block: int, *, gain: bool) -> Tensor:
     """Return the value maps of a block, float64 `[groups, head_dim, d]`, without or with the norm's gain."""
-    from actlas.circuits.readers import _weight
-
     site = model.resolve(f"blocks.{block}.attn.v")[0]
     rows = _weight(model, site)
     module = _norm(model, block, "attn_norm")

@@ -23,7 +23,7 @@ app = new_app()
         "actlas circuit smollm2 --task ioi -o circuit/ --html c.html",
         "actlas circuit smollm2 --task capitals --target 0.9 --png c.png",
         "actlas circuit smollm2 --task pairs.jsonl --edges 200 --prompts 24 --held-out 24",
-        "actlas circuit smollm2 --load circuit/ --html c.html    (draws a saved one)",
+        "actlas circuit smollm2 --load circuit/ --svg c.svg      (draws a saved one)",
     )
 )
 def circuit(
@@ -41,6 +41,7 @@ def circuit(
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page that works offline.")
     ] = None,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Write a picture.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="The same as SVG.")] = None,
     edit: Annotated[
         Path | None,
         typer.Option("--edit", metavar="DIR", help="Save the edit that mean-ablates all other parts."),
@@ -82,7 +83,7 @@ def circuit(
     then run by itself on prompts with other answers, beside random circuits of equal size.
     """
     with session(json=json, debug=debug) as out:
-        for name, path in (("--html", html), ("--png", png)):
+        for name, path in (("--html", html), ("--png", png), ("--svg", svg)):
             if path is not None and path.is_dir():
                 raise InputError(f"{name} {path} is a folder; give the name of a file")
         if (task is None) == (load is None):
@@ -111,6 +112,8 @@ def circuit(
             _wrote(out, "html", found.to_html(html))
         if png is not None:
             _wrote(out, "png", found.save_png(png))
+        if svg is not None:
+            _wrote(out, "svg", found.save_svg(svg))
 
 
 def _show(out: Output, found: Circuit, most: int) -> None:

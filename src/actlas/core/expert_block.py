@@ -1,7 +1,8 @@
 """The experts of a Mixtral-like block as tensors, and replacements that hold fewer of them.
 
     p      = softmax(R x)                            R [E, d], the router
-    y      = sum over the k best e of p_e / Z f_e(x)         Z: their sum, or 1 where gates are not renormalised
+    y      = sum over the k best e of p_e / Z f_e(x)         Z: their sum, or 1 where gates are not
+    renormalised
     f_e(x) = W_down_e (a(W_gate_e x) * (W_up_e x))
 
 transformers keeps W_gate and W_up of all experts in one tensor `gate_up_proj [E, 2D, d]` and W_down in
@@ -87,7 +88,8 @@ def expert_blocks(model: Model) -> list[ExpertBlock]:
         found.append(
             ExpertBlock(
                 number,
-                *(join(tower.blocks, str(number), p) for p in paths),
+                join(tower.blocks, str(number), paths[0]),
+                join(tower.blocks, str(number), paths[1]),
                 weight.detach(),
                 gate_up,
                 down,

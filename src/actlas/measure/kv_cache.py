@@ -5,7 +5,7 @@
 
 per layer and key-value head (query heads of a group add up), then averaged. Recall needs no dropped key to be
 guessed at: the answer is the one that the full model writes, and its attention is read with nothing dropped.
-A policy that keeps a random share p of the positions has a recall of about p; one that keeps everything has 1.
+Random positions have a recall of about their share, and a whole cache has 1.
 
 Both measures run under whatever edits are installed; a cache policy is one of them.
 """
@@ -209,9 +209,7 @@ def attention_mass_recall(
     data="corpus",
     quick={"prompts": 1, "tokens": 192},
 )
-def kv_bytes(
-    model: Model, data: Any, *, seed: int = 0, prompts: int = 2, tokens: int = 384
-) -> Measurement:
+def kv_bytes(model: Model, data: Any, *, seed: int = 0, prompts: int = 2, tokens: int = 384) -> Measurement:
     """Measure what is stored after a prompt of `tokens` tokens under the installed edits.
 
     Args:

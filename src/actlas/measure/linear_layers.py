@@ -90,7 +90,9 @@ def linear_layers(model: Model, names: tuple[str, ...] | None = None) -> list[Li
         linear = {
             path: module
             for path, module in inside.named_modules()
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            if isinstance(module, nn.Linear)
+            or type(module).__name__ == "Conv1D"
+            or hasattr(module, "weights_touched")  # a sparse layer in a linear layer's place
         }
         for path, module in linear.items():
             rows, columns = weight_matrix(module).shape

@@ -114,7 +114,9 @@ class RoutingTrace:
         names = np.unique(unit)
         count = round(share * len(names))
         if not 0 < share < 1 or len(names) < 2:
-            raise InputError(f"share is {share:g} of {len(names)} texts; it must be inside (0, 1), of 2 or more")
+            raise InputError(
+                f"share is {share:g} of {len(names)} texts; it must be inside (0, 1), of 2 or more"
+            )
         first = np.random.default_rng(seed).permutation(names)[: min(max(count, 1), len(names) - 1)]
         mask = np.isin(unit, first)
         return self.rows(mask), self.rows(~mask)
@@ -210,7 +212,12 @@ def expert_load(model: Model, data: Any, *, tokens: int = 8192, context: int = 2
         details = {"busiest": float(share.max()), "unused": int((load == 0).sum()), "experts": len(load)}
         out.append(
             Measurement(
-                "expert-load", gini(load), "fraction", len(trace), group={"layer": str(layer)}, details=details
+                "expert-load",
+                gini(load),
+                "fraction",
+                len(trace),
+                group={"layer": str(layer)},
+                details=details,
             )
         )
     return out
@@ -252,12 +259,15 @@ def _watching(
                 logits, gates, chosen = output
             else:
                 raise ModelError(
-                    f"the router of block {number} ({type(module).__name__}) returns {type(output).__name__}; "
-                    "a routing trace needs (logits, gates, choices), as transformers 5 has it"
+                    f"the router of block {number} ({type(module).__name__}) returns "
+                    f"{type(output).__name__}; a routing trace needs (logits, gates, choices), as "
+                    "transformers 5 has it"
                 )
             logits, gates = logits.detach().float(), gates.detach().float()
             full = torch.zeros_like(logits).scatter(1, chosen, gates)
-            active = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter(1, chosen, True)
+            active = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter(
+                1, chosen, True
+            )
             now[number] = (logits, active, full, x)
 
         return hook

@@ -18,7 +18,7 @@ The loss is compared on the same tokens with a bootstrap over documents drawn fo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -153,12 +153,24 @@ class Priced:
     touched: Touched
 
 
-def run_sparse(model: Model, corpus: Iterable[Any], edit: Edit, **options: Any) -> Priced:
-    """Score text under an edit and count the weights it needs; `options` are those of `likelihood.nll`."""
+def run_sparse(
+    model: Model, corpus: Iterable[Any], edit: Edit, *, against_base: bool = False, **options: Any
+) -> Priced:
+    """Score text under an edit and count the weights it needs.
+
+    Args:
+        model, corpus, edit: as in `sparsity_price`.
+        against_base: also compare with the dense model, in two further passes (which must not be counted).
+        **options: of `likelihood.nll`.
+    """
+    corpus = list(corpus)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EditHadNoEffect)
-        with model.edit(edit), count_touched(model, edit) as touched:
-            losses = nll(model, corpus, **options)
+        with model.edit(edit):
+            with count_touched(model, edit) as touched:
+                losses = nll(model, corpus, **options)
+            if against_base:
+                losses = nll(model, corpus, against_base=True, **options)
     return Priced(losses, touched)
 
 
@@ -200,9 +212,7 @@ def sparsity_price(
     if found.losses.divergence is not None:
         values = found.losses.divergence / found.losses.tokens
         out.append(
-            mean_measurement(
-                "kl-to-dense", "nats/token", values, found.losses.tokens, seed=seed, group=group
-            )
+            mean_measurement("kl-to-dense", "nats/token", values, found.losses.tokens, seed=seed, group=group)
         )
     return out
 
@@ -212,44 +222,48 @@ def compare_rules(
     corpus: Iterable[Any],
     rules: Mapping[str, Edit],
     *,
-    reference: str | None = None,
+    pairs: Sequence[tuple[str, str]] | None = None,
     equal: float = 0.02,
+    base: Losses | None = None,
     seed: int = 0,
     **options: Any,
 ) -> list[Measurement]:
-    """Measure several rules on the same tokens, and each against a reference one.
+    """Measure several rules on the same tokens, and against each other.
 
     Args:
-        model, corpus, seed, options: as in `sparsity_price`.
+        model, corpus, base, seed, options: as in `sparsity_price`.
         rules: name -> edit.
-        reference: the rule that the others are compared with; default: the first.
+        pairs: (rule, the rule that it is compared with); default: each with the first.
         equal: two rules are compared only if their weights touched differ by no more than this.
 
     Returns:
-        The measurements of `sparsity_price` for each rule, grouped by `rule`, and
-        `extra-loss` (nats a token, paired bootstrap over documents; negative where the rule is better)
-        of each other rule, with the difference of weights touched in `details`. Where budgets are not
-        equal, its value is NaN and the note says so.
+        The measurements of `sparsity_price` for each rule, grouped by `rule`, and for each pair
+        `extra-loss` (nats a token, paired bootstrap over documents; negative where the rule is better).
+        Where budgets are not equal, its value is NaN and the note says so.
 
     Raises:
-        InputError: fewer than two rules, or a reference that is not one of them.
+        InputError: fewer than two rules, or a pair with a rule that is not there.
     """
-    reference = next(iter(rules), "") if reference is None else reference
-    if len(rules) < 2 or reference not in rules:
-        raise InputError(
-            f"a comparison needs two rules, the reference among them; given {', '.join(rules) or 'none'}"
-        )
+    names = list(rules)
+    if pairs is None:
+        pairs = [(name, names[0]) for name in names[1:]]
+    unknown = [name for pair in pairs for name in pair if name not in rules]
+    if len(rules) < 2 or unknown:
+        given = ", ".join(names) or "none"
+        raise InputError(f"a comparison needs two rules by name{_quoted(unknown)}; given {given}")
     corpus = list(corpus)
-    base = nll(model, corpus, **{**options, "against_base": False})
+    if base is None:
+        base = nll(model, corpus, **{**options, "against_base": False})
     found = {
         name: sparsity_price(model, corpus, edit, base=base, name=name, seed=seed, **options)
         for name, edit in rules.items()
     }
     out = [m for rows in found.values() for m in rows]
-    for name in rules:
-        if name != reference:
-            out.append(_extra(found[reference], found[name], name, reference, equal, seed))
-    return out
+    return out + [_extra(found[over], found[name], name, over, equal, seed) for name, over in pairs]
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return f", and {names[0]!r} is not one" if names else ""
 
 
 def _extra(

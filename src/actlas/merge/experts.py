@@ -14,8 +14,8 @@ Per block, on the tokens of a task, with router logits H [tokens, E] and usage a
 4. Router: the same mean of the rows (`router="mean"`), or all old rows, an expert's logit being the
    log-sum-exp of its cluster's (`"logsumexp"`). k becomes min(k, clusters).
 
-Source: "Revisiting SMoE Language Models by Evaluating Inefficiencies with Task Specific Expert Pruning" (2024).
-The paper gives clustering by router logits, alignment and the activation-weighted mean; the affinity,
+Source: "Revisiting SMoE Language Models by Evaluating Inefficiencies with Task Specific Expert Pruning"
+(2024). The paper gives clustering by router logits, alignment and the activation-weighted mean; the affinity,
 the reference, the matching score and the router's merge are our completion.
 """
 
@@ -134,9 +134,7 @@ def spectral_clusters(logits: NDArray[np.float64], count: int, seed: int = 0) ->
     return _without_empty(fitted.labels_.astype(np.int64), rows, count)
 
 
-def align_units(
-    reference: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
-) -> NDArray[np.int64]:
+def align_units(reference: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> NDArray[np.int64]:
     """Return for each hidden unit of the reference the matching unit of the other expert.
 
     Args:

@@ -11,24 +11,36 @@
 | `sparsity_router` | the router without weights of its own: to the experts predicted to be sparsest |
 | `moe_x` | MoE-X: ReLU experts behind that router |
 | `switch` | the baseline: a learned router |
+| `blockffn` | BlockFFN: a ReLU router, so that tokens run as many experts as they need |
+| `multi_task` | mixtures for several tasks: MMoE, PLE and HoME |
 | `wide_view` | a mixture of experts as a dictionary |
+| `activation_beacon` | windows condensed into a few keys and values that stay |
 | `los_net` | LOS-Net: a transformer over a model's output distributions |
 """
 
 from __future__ import annotations
 
+from actlas.nn.activation_beacon import ActivationBeacon
+from actlas.nn.activation_beacon_memory import BeaconMemory
+from actlas.nn.blockffn import BlockFFN
 from actlas.nn.experts import MixtureOfExperts, Routing, balance_loss
 from actlas.nn.los_net import LOSNet
 from actlas.nn.moe_x import MoEX
+from actlas.nn.multi_task import HoME, MultiTaskExperts
 from actlas.nn.sparsity_router import SparsityRouter
 from actlas.nn.switch import SwitchMoE
 from actlas.nn.wide_view import ExpertDictionary
 
 __all__ = [
+    "ActivationBeacon",
+    "BeaconMemory",
+    "BlockFFN",
     "ExpertDictionary",
+    "HoME",
     "LOSNet",
     "MixtureOfExperts",
     "MoEX",
+    "MultiTaskExperts",
     "Routing",
     "SparsityRouter",
     "SwitchMoE",

@@ -6,10 +6,11 @@
     k_h = [W_uk_h c, k_r],   v_h = W_uv_h c
     score = (q_n . W_uk_h c + q_r . k_r) / sqrt(nope + rope)
 
-The cache holds rank + rope numbers a token and layer, whatever the number of heads. For decoding, the *absorbed*
-form never makes keys and values: since q_n . (W_uk c) = (W_uk^T q_n) . c and sum_j a_j W_uv c_j = W_uv sum_j a_j c_j,
-attention runs on the latents c themselves. Both forms are the same function; the absorbed one costs heads x rank
-instead of heads x nope a pair of tokens, and no up-projection of the past.
+The cache holds rank + rope numbers a token and layer, whatever the number of heads. For decoding, the
+*absorbed* form never makes keys and values: since q_n . (W_uk c) = (W_uk^T q_n) . c and sum_j a_j W_uv c_j =
+    W_uv sum_j a_j c_j,
+attention runs on the latents c themselves. Both forms are the same function; the absorbed one costs heads x
+rank instead of heads x nope a pair of tokens, and no up-projection of the past.
 
 There is no compression of queries (as in PLM and DeepSeek-V2-Lite). Rotary pairs are halves (as in Llama).
 
@@ -49,8 +50,10 @@ class LatentCache:
     @property
     def numbers(self) -> int:
         """How many numbers are held for each sequence."""
-        return 0 if self.latent is None or self.key is None else len(self) * (
-            self.latent.shape[-1] + self.key.shape[-1]
+        return (
+            0
+            if self.latent is None or self.key is None
+            else len(self) * (self.latent.shape[-1] + self.key.shape[-1])
         )
 
 
@@ -114,8 +117,8 @@ class MLAttention(nn.Module):
         Args:
             x: `[batch, pos, d]`.
             cache: of the tokens before; these are added.
-            mask: bool `[batch, all positions]`: which tokens may be attended to (`False`: padding, on the right,
-                or on the left without effect on relative positions). Default all.
+            mask: bool `[batch, all positions]`: which tokens may be attended to (`False`: padding, on the
+                right, or on the left without effect on relative positions). Default all.
 
         Raises:
             ShapeError: `x` of another shape.

@@ -5,9 +5,9 @@
 
     h = h + MLA(RMSNorm(h));   h = h + W_down relu(W_up RMSNorm(h))^2
 
-`PLMConfig()` is the published 1.8B: 32 layers, d 2048, 16 heads, 8192 neurons, a cache of 576 numbers a token and
-layer (4,096 with ordinary attention of 16 heads of 128). The defaults of layers and width are from the model's
-llama.cpp port, not from the paper's text. Train it with `training.schedules.WSDC`.
+`PLMConfig()` is the published 1.8B: 32 layers, d 2048, 16 heads, 8192 neurons, a cache of 576 numbers a token
+and layer (4,096 with ordinary attention of 16 heads of 128). The defaults of layers and width are from the
+model's llama.cpp port, not from the paper's text. Train it with `training.schedules.WSDC`.
 
 Source: PLM 2025, "PLM: Efficient Peripheral Language Models Hardware-Co-Designed for Ubiquitous Computing"
 (arXiv 2503.12167).

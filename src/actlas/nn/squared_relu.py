@@ -2,8 +2,9 @@
 
     y = W_down relu(W_up x)^2
 
-At equal parameters its hidden width is 1.5 times that of a gated MLP (two matrices instead of three). Which neurons
-are zero is decided by W_up x itself, so only W_down is skipped at decoding unless a predictor is used.
+At equal parameters its hidden width is 1.5 times that of a gated MLP (two matrices instead of three). Which
+neurons are zero is decided by W_up x itself, so only W_down is skipped at decoding unless a predictor is
+used.
 
 Sources: So et al. 2021, "Primer"; PLM 2025 (arXiv 2503.12167); Zhang et al. 2024, "ReLU^2 wins".
 """

@@ -12,6 +12,7 @@ input i of a layer with m rows is skipped where score_i^2 < price * m.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -41,10 +42,12 @@ def greedy(
     """
     check_sparsity(sparsity)
     points = [0.0, *levels]
-    if any(b <= a for a, b in zip(points, points[1:], strict=False)) or points[-1] >= 1:
+    if any(b <= a for a, b in itertools.pairwise(points)) or points[-1] >= 1:
         raise InputError(f"levels must ascend within (0, 1), not {list(levels)}")
     if sparsity > points[-1]:
-        raise InputError(f"no layer may skip more than {points[-1]:g}, so all together cannot skip {sparsity:g}")
+        raise InputError(
+            f"no layer may skip more than {points[-1]:g}, so all together cannot skip {sparsity:g}"
+        )
     size = {layer.path: layer.size for layer in layers}
     left = sparsity * sum(size.values())
     shares = dict.fromkeys(size, 0.0)

@@ -84,7 +84,9 @@ def fit_chess(
     if attention not in _READ:
         raise InputError(f"attention is {attention!r}; it must be 'selective', 'all' or 'none'")
     check_sparsity(sparsity)
-    share = check_sparsity(sparsity if attention_sparsity is None else attention_sparsity, "attention_sparsity")
+    share = check_sparsity(
+        sparsity if attention_sparsity is None else attention_sparsity, "attention_sparsity"
+    )
     activation = gate_activation(model)
     act = activation_function(activation_name(model))
     calibration = calibrate_gates(model, data, tokens=tokens, context=context, seed=seed)
@@ -99,7 +101,9 @@ def fit_chess(
             if down_norm:
                 m = m * layer.column_norms(model).cpu()
             scores = act(calibration[gate].rows).abs() * m
-            made.append(SkipInputs(gate, m.to(model.device), threshold_at(scores, sparsity), None, None, activation))
+            made.append(
+                SkipInputs(gate, m.to(model.device), threshold_at(scores, sparsity), None, None, activation)
+            )
     return finish(model, made, phase)
 
 
@@ -125,7 +129,9 @@ def gate_activation(model: Model) -> str:
     """
     gates = [s for s in model.sites() if s.kind == "mlp.gate" and s.absent is None]
     if not gates:
-        raise ModelError(f"{model.name} has no gated MLPs, which CHESS needs; use wina for its down projections")
+        raise ModelError(
+            f"{model.name} has no gated MLPs, which CHESS needs; use wina for its down projections"
+        )
     name = activation_name(model)
     if name not in _NAMES:
         raise ModelError(f"{model.name} gates by {name!r}; known are {', '.join(_NAMES)}")

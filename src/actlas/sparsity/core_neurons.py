@@ -113,9 +113,7 @@ def prompt_sets(
     trace = model.trace(prompt, [f"blocks.{b}.mlp.act" for b in chosen])
     norms = down_norms(model, chosen) if rank == "output" else {}
     return {
-        b: core_set(
-            trace.rows(f"blocks.{b}.mlp.act"), keep, alpha=alpha, rank=rank, norms=norms.get(b)
-        )
+        b: core_set(trace.rows(f"blocks.{b}.mlp.act"), keep, alpha=alpha, rank=rank, norms=norms.get(b))
         for b in chosen
     }
 

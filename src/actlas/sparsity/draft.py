@@ -31,9 +31,15 @@ def draft_of(model: Model, edit: Edit | None = None) -> Model:
     """
     changed: set[str] = set()
     for part in edit.parts() if edit is not None else ():
-        changed |= set(getattr(part, "deltas", ()))  # a weight edit writes into parameters: not into shared ones
+        changed |= set(
+            getattr(part, "deltas", ())
+        )  # a weight edit writes into parameters: not into shared ones
     draft = Model(
-        _sharing_copy(model.module, changed), model.tokenizer, model.processor, f"draft of {model.name}", kind=model.kind
+        _sharing_copy(model.module, changed),
+        model.tokenizer,
+        model.processor,
+        f"draft of {model.name}",
+        kind=model.kind,
     )
     if edit is not None:
         draft.edit(edit).__enter__()

@@ -70,11 +70,10 @@ def prune_experts(
     for block in blocks:
         if not 1 <= keep <= block.n_experts:
             raise InputError(
-                f"keep is {keep}; block {block.block} has {block.n_experts} experts, so 1 to {block.n_experts}"
+                f"keep is {keep}; block {block.block} has {block.n_experts} experts, so 1 to "
+                f"{block.n_experts}"
             )
-    trace = trace_routing(
-        model, data, tokens=tokens, context=context, inputs=score == "router_weighted_norm"
-    )
+    trace = trace_routing(model, data, tokens=tokens, context=context, inputs=score == "router_weighted_norm")
     generator = torch.Generator().manual_seed(seed)
     edits = []
     for block in blocks:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from actlas.core.calibration import Calibration, calibrate
@@ -43,7 +42,9 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
         InputError: it does not lie in [0, 1).
     """
     if not 0 <= sparsity < 1:
-        raise InputError(f"{name} is the share of inputs that is skipped and must lie in [0, 1), not {sparsity}")
+        raise InputError(
+            f"{name} is the share of inputs that is skipped and must lie in [0, 1), not {sparsity}"
+        )
     return float(sparsity)
 
 
@@ -80,9 +81,7 @@ def calibrate_inputs(
         return corpus
     context = min(context, model.context_length or context)
     stats = ("moments", "rows")
-    return calibrate(
-        model, corpus, wanted, stats, rows=rows, max_tokens=tokens, context=context, seed=seed
-    )
+    return calibrate(model, corpus, wanted, stats, rows=rows, max_tokens=tokens, context=context, seed=seed)
 
 
 def uniform(layers: Iterable[LinearLayer], sparsity: float) -> dict[str, float]:

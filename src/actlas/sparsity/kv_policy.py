@@ -5,8 +5,8 @@
 
 A policy acts on the cache that transformers passes to a forward pass; passes without a cache are left alone.
 The prompt is read with full attention. As soon as a layer has finished, its keys and values are cut to
-`capacity` positions per key-value head, so that never more than one layer is whole. A rolling policy (streaming
-window, H2O) cuts again after every generated token.
+`capacity` positions per key-value head, so that never more than one layer is whole. A rolling policy
+(streaming window, H2O) cuts again after every generated token.
 
 Positions stay true. Keys keep the rotation of the place at which they were written, and `KeptLayer` goes on
 counting the tokens that were seen, not those that are stored: the next token gets the position after the last
@@ -48,13 +48,17 @@ class KeptLayer(DynamicLayer):
 
     def __init__(self, index: int = 0) -> None:
         super().__init__()
+        self.keys: Tensor | None
+        self.values: Tensor | None
         self.index = index
         self.seen = 0
         self.shift = 0
         self.positions: Tensor = torch.empty(0, dtype=torch.long)
         self.mass: Tensor | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         batch, heads, new, _ = key_states.shape
         columns = torch.arange(self.seen, self.seen + new, device=key_states.device).expand(batch, heads, new)
         self.positions = columns.clone() if self.seen == 0 else torch.cat([self.positions, columns], -1)
@@ -94,7 +98,9 @@ class KeptLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise InputError("a cache from which positions were dropped cannot be rolled back; use no assistant")
+            raise InputError(
+                "a cache from which positions were dropped cannot be rolled back; use no assistant"
+            )
 
     def reset(self) -> None:
         super().reset()
@@ -194,7 +200,7 @@ class KVPolicy(Edit):
             value = getattr(self, f.name)
             if isinstance(value, Model):
                 raise InputError(
-                    f"{self.describe()} holds the draft {value.name}, and a model is not saved inside an edit; "
+                    f"{self.describe()} holds the draft {value.name}, which cannot be saved inside an edit; "
                     "give the draft as an edit of the target"
                 )
             if isinstance(value, Edit):
@@ -244,7 +250,7 @@ def plain_cache(kwargs: Mapping[str, Any], blocks: int) -> DynamicCache | None:
     fine = isinstance(cache, DynamicCache) and all(type(x) in (DynamicLayer, KeptLayer) for x in layers or ())
     if not fine or len(layers or ()) not in (0, blocks):
         raise ModelError(
-            f"a cache policy needs a plain growing cache in every layer; this model uses {type(cache).__name__}"
-            " with other layers (sliding-window and static caches are bounded already)"
+            f"a cache policy needs a plain growing cache in every layer; this is a {type(cache).__name__} "
+            "with other layers (sliding-window and static caches are bounded already)"
         )
-    return cache  # type: ignore[no-any-return]
+    return cache

@@ -1,8 +1,8 @@
 """A cache policy at work: what is hooked while one is installed, and what happens in a forward pass.
 
-Before a prompt is read: compress it (SpecPC), put the draft's tokens behind it (SpecKV), give the cache layers
-that can drop positions. In each attention module: read the last rows of the pattern. After each attention
-module: cut that layer. After the pass: cut the outputs to the prompt's own tokens.
+Before a prompt is read: compress it (SpecPC), put the draft's tokens behind it (SpecKV), give the cache
+layers that can drop positions. In each attention module: read the last rows of the pattern. After each
+attention module: cut that layer. After the pass: cut the outputs to the prompt's own tokens.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class PolicyRun:
             return self._begin(cache, ids, kwargs)
         if not all(isinstance(x, KeptLayer) for x in cache.layers):
             return None  # filled before the policy was installed
-        self._layers = list(cache.layers)  # type: ignore[arg-type]
+        self._layers = list(cache.layers)
         if self.policy.rolling:
             self._read(ids.shape[1])
         shift = self._layers[0].shift
@@ -129,7 +129,9 @@ class PolicyRun:
         """Read the last rows of every layer's attention in this pass."""
         if not rows:
             return
-        for i, site in enumerate(self.model.resolve([f"blocks.{i}.attn.pattern" for i in range(self.blocks)])):
+        for i, site in enumerate(
+            self.model.resolve([f"blocks.{i}.attn.pattern" for i in range(self.blocks)])
+        ):
             self._readers.append(attach(self.model.module, site, self._take(i), last_rows=rows))
 
     def _take(self, i: int) -> Callable[[Tensor], Tensor]:

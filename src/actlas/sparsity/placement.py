@@ -14,12 +14,12 @@ With P[e, l] the tokens that expert e of layer l runs and R[e1, e2, l] those tha
 
 Step 2 is a chain of layers, so dynamic programming over the G! permutations of each layer is exact
 (`arrange="dp"`, G up to 6). `"milp"` is the integer program of the paper with y1 y2 linearised by z <= y1,
-z <= y2, z >= y1 + y2 - 1; `"local"` swaps pairs of clusters until nothing helps. The printed formula sums inside
-the maximum; the purpose it states is the tail over pairs, which is what is here.
+z <= y2, z >= y1 + y2 - 1; `"local"` swaps pairs of clusters until nothing helps. The printed formula sums
+inside the maximum; the purpose it states is the tail over pairs, which is what is here.
 
-Sources: "MoETuner: Optimized Mixture of Expert Serving with Balanced Expert Placement and Token Routing" (2025),
-equations of section 4. Clusters may have equal sizes (the memory constraint of the paper, per layer instead of
-in total) or any; integer programs are solved by HiGHS through `scipy.optimize.milp`.
+Sources: "MoETuner: Optimized Mixture of Expert Serving with Balanced Expert Placement and Token Routing"
+(2025), equations of section 4. Clusters may have equal sizes (the memory constraint of the paper, per layer
+instead of in total) or any; integer programs are solved by HiGHS through `scipy.optimize.milp`.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def place_experts(
     experts = trace.n_experts
     if not 1 <= devices <= experts or (equal_sizes and experts % devices):
         raise InputError(
-            f"devices is {devices}; it must divide the {experts} experts, or be at most that with equal_sizes=False"
+            f"devices is {devices}; it must divide the {experts} experts, or be at most that with "
+            "equal_sizes=False"
         )
     for name, value, known in (("balance", balance, Balance), ("arrange", arrange, Arrange)):
         if value not in get_args(known):
@@ -201,7 +202,20 @@ def simulate(
     Raises:
         InputError: sizes that do not fit.
     """
-    loads, transitions = trace.loads(), trace.transitions()
+    return simulate_counts(
+        placement, trace.loads(), trace.transitions(), bandwidth=bandwidth, exchange=exchange
+    )
+
+
+def simulate_counts(
+    placement: Placement,
+    loads: Array,
+    transitions: Array,
+    *,
+    bandwidth: NDArray[np.float64] | None = None,
+    exchange: float = 1.0,
+) -> Simulation:
+    """As `simulate`, from P `[L, E]` and R `[L - 1, E, E]` (sums over documents, say)."""
     if loads.shape != placement.device.shape:
         raise InputError(
             f"the placement is for {list(placement.device.shape)} layers and experts; "
@@ -262,6 +276,6 @@ def best_of_random(
     trace: RoutingTrace, devices: int, draws: int, *, seed: int = 0, **options: Any
 ) -> list[Simulation]:
     """Return simulations of so many random placements, for a control."""
-    shape = trace.loads().shape
+    layers, experts = trace.loads().shape
     seeds = itertools.islice(itertools.count(1000 * seed), draws)
-    return [simulate(random_placement(*shape, devices, s), trace, **options) for s in seeds]
+    return [simulate(random_placement(layers, experts, devices, s), trace, **options) for s in seeds]

@@ -18,7 +18,8 @@ Labels = NDArray[np.int64]
 
 
 def balance_milp(load: Array, devices: int, equal_sizes: bool, gap: float, time_limit: float) -> Labels:
-    """Return the cluster of each expert: the integer program, with t_c >= |T_c - mean| for the absolute value.
+    """Return the cluster of each expert: the integer program, with t_c >= |T_c - mean| for the absolute
+    value.
 
     Clusters are interchangeable, so expert e may only go to the first e + 1: that removes equal solutions.
 

@@ -1,4 +1,5 @@
-"""Expert placement as a method: profile on half of a text, place, and say what it is worth on the other half."""
+"""Expert placement as a method: profile on half of a text, place, and say what it is worth on the other
+half."""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def fit_placement(
         seed: of the split and of random placements.
 
     Returns:
-        Each number beside that of the contiguous placement (its baseline); `details` hold the best and the mean
-        of the random placements, and the placement itself.
+        Each number beside that of the contiguous placement (its baseline); `details` hold the best and the
+        mean of the random placements, and the placement itself.
 
     Raises:
         InputError, ModelError: see `place_experts` and `trace_routing`.
@@ -76,9 +77,13 @@ def fit_placement(
     if path:
         placement.save(path)
     ours = simulate(placement, test, bandwidth=links)
-    usual = simulate(contiguous(*test.loads().shape, devices), test, bandwidth=links)
+    usual = simulate(contiguous(len(test.layers), test.n_experts, devices), test, bandwidth=links)
     random = best_of_random(test, devices, draws, seed=seed, bandwidth=links) if draws else []
-    units = {"tail_load": "routed tokens", "crossing": "routed pairs", "tail_traffic": "routed pairs / bandwidth"}
+    units = {
+        "tail_load": "routed tokens",
+        "crossing": "routed pairs",
+        "tail_traffic": "routed pairs / bandwidth",
+    }
     out = []
     for name in (f.name for f in fields(Simulation)):
         if name not in units:

@@ -47,7 +47,7 @@ def fit_priced_inputs(
     data: Any,
     *,
     sparsity: float = 0.5,
-    rank: Rank = "both",
+    rank: Rank = "wina",
     most: float = 0.95,
     phase: Phase = "all",
     tokens: int = 4096,

@@ -31,7 +31,7 @@ from actlas.core.skip_inputs import SkipInputs
 from actlas.core.swap import SwapModule
 from actlas.measure.likelihood import nll
 from actlas.measure.linear_layers import LinearLayer, linear_layers
-from actlas.sparsity.input_sparsity import calibrate_inputs, check_sparsity, finish, threshold_at
+from actlas.sparsity.input_sparsity import calibrate_inputs, check_sparsity, finish
 from actlas.sparsity.rank_aware import RankAwareLinear, low_rank
 
 
@@ -49,6 +49,7 @@ class RankAware:
         self.sparsity = check_sparsity(sparsity)
         self.layers = linear_layers(model)
         self._maps: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rules: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def kinds(self) -> list[str]:
@@ -75,11 +76,10 @@ class RankAware:
     def _one(self, layer: LinearLayer, alpha: float) -> Edit:
         if not 0 <= alpha <= 1:
             raise InputError(f"alpha is the share of the budget for exact columns, in [0, 1], not {alpha}")
-        norms = layer.column_norms(self.model)
+        norms, scores = self._rule(layer)
         rank = self.rank(layer, alpha)
-        skipped = 1 - (1 - self.sparsity) * alpha
-        scores = self.calibration[layer.reads].rows.abs() * norms.cpu()
-        threshold = threshold_at(scores, skipped) if skipped < 1 else float("inf")
+        skipped = int((1 - (1 - self.sparsity) * alpha) * len(scores))
+        threshold = float(scores[skipped]) if skipped < len(scores) else float("inf")
         if rank == 0:
             return SkipInputs(layer.input_site, norms, threshold)
         up, down = self._map(layer)
@@ -88,6 +88,14 @@ class RankAware:
             layer.weight(self.model), bias, up[:, -rank:], down[-rank:], factor=norms, threshold=threshold
         )
         return SwapModule(layer.path, new)
+
+    def _rule(self, layer: LinearLayer) -> tuple[Tensor, Tensor]:
+        """Return the column norms and the sorted scores of the calibration tokens."""
+        if layer.path not in self._rules:
+            norms = layer.column_norms(self.model)
+            scores = self.calibration[layer.reads].rows.abs() * norms.cpu()
+            self._rules[layer.path] = norms, scores.flatten().sort().values
+        return self._rules[layer.path]
 
     def _map(self, layer: LinearLayer) -> tuple[Tensor, Tensor]:
         if layer.path not in self._maps:
@@ -133,7 +141,9 @@ def search(
         if i < population:
             child = starts[i] if i < len(starts) else draw()
         else:
-            a, b = (members[int(torch.randint(len(members) // 2 + 1, (1,), generator=generator))][1] for _ in "ab")
+            a, b = (
+                members[int(torch.randint(len(members) // 2 + 1, (1,), generator=generator))][1] for _ in "ab"
+            )
             child = torch.where(torch.rand(len(kinds), generator=generator) < 0.5, a, b)
             child = (child + spread * torch.randn(len(kinds), generator=generator)).clamp(0, 1)
         members.append((loss(dict(zip(kinds, child.tolist(), strict=True))), child))

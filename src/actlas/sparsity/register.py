@@ -7,10 +7,12 @@ from actlas.sparsity import (  # noqa: F401
     expert_pruning,
     kv_rules,
     layer_skip,
-    placing, ppl_sparsity,
+    placing,
+    ppl_sparsity,
     priced_inputs,
     r_sparse,
     spec_kv,
     spec_pc,
+    token_merge,
     wina,
 )

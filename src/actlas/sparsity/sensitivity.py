@@ -63,9 +63,10 @@ def each_gradient(
                 handle = layer.module(model).register_forward_hook(_reader(layer, mask, take))
                 stack.callback(handle.remove)
             with torch.enable_grad():
-                embedded = model.module.get_input_embeddings()(inputs["input_ids"])
+                network: Any = model.module
+                embedded = network.get_input_embeddings()(inputs["input_ids"])
                 embedded = embedded.detach().requires_grad_()
-                logits = model.module(
+                logits = network(
                     inputs_embeds=embedded, attention_mask=inputs["attention_mask"], use_cache=False
                 ).logits
                 p = logits.detach().float().softmax(-1).flatten(0, 1).cpu()

@@ -3,17 +3,17 @@
 SnapKV lets the prompt's last w tokens vote on what stays. SpecKV puts the draft's greedy answer of L tokens
 behind the prompt, so that the (guessed) answer votes too:
 
-    s_j = pool_j( max_{g, r} A[g, r, j] ),   rows r of the last w prompt tokens and the L draft tokens, j < n - w
+    s_j = pool_j( max_{g, r} A[g, r, j] ),   rows r: w prompt tokens, L draft tokens; j < n - w
 
 and the C - w best positions of every key-value head stay with the window. The draft's tokens leave the cache
-before the target answers. A draft needs the target's tokenizer; an edit of the target (layers left out, inputs
-skipped, coarser weights) makes one without a second checkpoint:
+before the target answers. A draft needs the target's tokenizer; an edit of the target (layers left out,
+inputs skipped, coarser weights) makes one without a second checkpoint:
 
-    edit = SpecKV(256, draft=fit_layer_skip(model, corpus, budget=6), lookahead=16)
+    edit = SpecKV(256, draft=fit_layer_skip(model, corpus, budget=6), lookahead_tokens=16)
 
 Source: Galim et al. 2025, "Draft-based Approximate Inference for LLMs", section 4 (arXiv 2506.08373) and its
-released code (speckv/), whose defaults these are. Ours: the first token comes from the full prompt, as in SnapKV,
-where the released code reads the last prompt token again with the cut cache.
+released code (speckv/), whose defaults these are. Ours: the first token comes from the full prompt, as in
+SnapKV, where the released code reads the last prompt token again with the cut cache.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class SpecKV(SnapKV):
         return look_ahead(draft, ids, self.lookahead_tokens)
 
     def describe(self) -> str:
-        return f"SpecKV of {self.capacity} positions, {_named(self.draft)}, {self.lookahead_tokens} tokens ahead"
+        return (
+            f"SpecKV of {self.capacity} positions, {_named(self.draft)}, {self.lookahead_tokens} tokens ahead"
+        )
 
 
 def look_ahead(draft: Model, ids: Tensor, tokens: int) -> Tensor:

@@ -3,8 +3,8 @@
     score_j = pool_j( max_{layers >= l0, heads, r < W} (r / (W - 1)) A[r, j] )
 
 where A are the attention rows of the prompt's last W tokens in the draft (and, unweighted, of the tokens that
-it wrote). The best positions are taken with their neighbours, nearest first, until C positions are chosen; the
-last W are always among them. The target reads the chosen tokens as a fresh prompt, with positions 0 .. C - 1.
+it wrote). The best positions are taken with their neighbours, nearest first, until C positions are chosen;
+the last W are always among them. The target reads the chosen tokens as a fresh prompt, at places 0 to C - 1.
 
 `SpecKVPC` compresses the prompt first and the cache after it: the draft's answer, written for the whole
 prompt, stands behind the compressed one, and SpecKV cuts the cache as in `spec_kv.py`.
@@ -104,7 +104,7 @@ class Selector:
         pooled = F.max_pool1d(scores[None, None], self.pool, 1, self.pool // 2)[0, 0, :n].cpu()
         reach = sorted(range(-(self.neighbors // 2), self.neighbors - self.neighbors // 2), key=abs)
         chosen = dict.fromkeys(range(n - self.window, n))
-        for centre in pooled.argsort(descending=True, stable=True).tolist():
+        for centre in pooled.argsort(dim=-1, descending=True, stable=True).tolist():
             for place in (centre + step for step in reach):
                 if len(chosen) >= self.capacity:
                     return torch.tensor(sorted(chosen))
@@ -189,9 +189,7 @@ class SpecKVPC(SpecKV):
     @property
     def selector(self) -> Selector:
         """The rule that compresses the prompt."""
-        return Selector(
-            self.prompt_capacity, self.prompt_window, self.pool, self.neighbors, self.skip_layers
-        )
+        return Selector(self.prompt_capacity, self.prompt_window, self.pool, self.neighbors, self.skip_layers)
 
     def select(self, draft: Model | None, ids: Tensor, ahead: Tensor | None) -> Tensor | None:
         if ids.shape[1] <= self.prompt_capacity:
@@ -203,7 +201,9 @@ class SpecKVPC(SpecKV):
         return min(self.capacity, self.prompt_capacity)
 
     def describe(self) -> str:
-        return f"SpecKV-PC to {self.prompt_capacity} tokens and {self.capacity} positions, {_named(self.draft)}"
+        return (
+            f"SpecKV-PC to {self.prompt_capacity} tokens and {self.capacity} positions, {_named(self.draft)}"
+        )
 
 
 @method(

@@ -6,8 +6,8 @@
     adapters = bottleneck_adapters(model, reduction=16)           # an edit whose tensors can be trained
     with model.edit(adapters): ...train trainable(adapters)...
 
-Both begin as nothing: W_up and B are zero. Bottleneck adapters are activation edits, so they take scopes and gates;
-a LoRA folds into a `WeightEdit`.
+Both begin as nothing: W_up and B are zero. Bottleneck adapters are activation edits, so they take scopes and
+gates; a LoRA folds into a `WeightEdit`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class ResidualAdapter(ActivationEdit):
     def check(self, site: Site) -> None:
         super().check(site)
         if site.features is not None and tuple(site.features) != (self.down.shape[1],):
-            raise ShapeError(f"this adapter reads {self.down.shape[1]} channels; {site.name} is [{site.shape}]")
+            raise ShapeError(
+                f"this adapter reads {self.down.shape[1]} channels; {site.name} is [{site.shape}]"
+            )
 
     def value(self, x: Tensor, here: Here) -> Tensor:
         hidden = F.relu(F.linear(x, self.down.to(x), self.down_bias.to(x)))
@@ -102,7 +104,12 @@ def frozen(edit: Edit) -> Edit:
     """Return the same adapters without gradients, to save and use."""
     return compose(
         ResidualAdapter(
-            p.site, p.down.detach(), p.down_bias.detach(), p.up.detach(), p.up_bias.detach(), strength=p.strength
+            p.site,
+            p.down.detach(),
+            p.down_bias.detach(),
+            p.up.detach(),
+            p.up_bias.detach(),
+            strength=p.strength,
         )
         if isinstance(p, ResidualAdapter)
         else p
@@ -130,7 +137,13 @@ class LoRA:
     kinds: ClassVar[tuple[str, ...]] = (".mlp.",)
 
     def __init__(
-        self, model: Model, rank: int = 8, *, alpha: float | None = None, inside: tuple[str, ...] = (), seed: int = 0
+        self,
+        model: Model,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        inside: tuple[str, ...] = (),
+        seed: int = 0,
     ) -> None:
         if rank < 1:
             raise InputError(f"rank is {rank}; it must be at least 1")

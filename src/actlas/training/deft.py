@@ -5,11 +5,12 @@
 
     L = L_task + weight * mean over MLPs of mean a^2 / (a^2 + eps),      only adapters are trained
 
-`weight=0` is plain PEFT, the baseline. The density that is reported is the share of activations that are exactly
-non-zero on held-out text. With GELU or SiLU exact zeros are underflow (float32 GELU below -5.5, SiLU below about
--88), so the density at 1% of each token's RMS is reported too; padding counts nowhere.
+`weight=0` is plain PEFT, the baseline. The density that is reported is the share of activations that are
+exactly non-zero on held-out text. With GELU or SiLU exact zeros are underflow (float32 GELU below -5.5, SiLU
+below about -88), so the density at 1% of each token's RMS is reported too; padding counts nowhere.
 
-Source: Runwal et al. 2024, "From PEFT to DEFT: Parameter Efficient Finetuning for Reducing Activation Density in
+Source: Runwal et al. 2024, "From PEFT to DEFT: Parameter Efficient Finetuning for Reducing Activation Density
+    in
 Transformers" (arXiv 2402.01911), and its code (eps = 1e-7, weight 1, adapters with reduction 16, or LoRA).
 """
 
@@ -84,13 +85,17 @@ def deft(
         raise ModelError(f"{model.name} is of kind {model.kind}; a causal-lm is needed")
     documents = list(data)
     if not 0 < held_out < 1 or len(documents) < 2:
-        raise InputError(f"held_out={held_out:g} of {len(documents)} documents: some must be left on either side")
+        raise InputError(
+            f"held_out={held_out:g} of {len(documents)} documents: some must be left on either side"
+        )
     cut = min(len(documents) - 1, max(1, round(len(documents) * (1 - held_out))))
     learn, test = documents[:cut], documents[cut:]
     penalties = [ActivationPenalty(model, kind=kind, eps=eps, weight=weight)] if weight else []
     size: dict[str, Any] = {"tokens": tokens, "context": context}
     base, sparse_before = nll(model, test, **size), _density(model, test, size, "before")
-    drawn = windows(corpus_tokens(model, learn, context), steps=steps, batch=batch, context=context, seed=seed)
+    drawn = windows(
+        corpus_tokens(model, learn, context), steps=steps, batch=batch, context=context, seed=seed
+    )
     with ExitStack() as stack:
         _freeze(model, stack)
         edit: Edit

@@ -12,19 +12,22 @@
 The penalty of activations a `[tokens, channels]` at one site, padding left out:
 
     l1        mean over tokens of sum over channels of |a|          (ProSparse; `reduce="mean"`: over both)
-    soft_l0   mean over tokens and channels of a^2 / (a^2 + eps)    (DEFT: a differentiable share of non-zeros)
-    hoyer     mean over tokens of (|a|_1 / |a|_2)^2 / channels      (scale free: 1 / channels to 1)
+    soft_l0   mean over tokens and channels of a^2 / (a^2 + eps)    (DEFT: a differentiable share of
+    non-zeros) hoyer     mean over tokens of (|a|_1 / |a|_2)^2 / channels      (scale free: 1 / channels to 1)
 
-and then the sum over sites (`l1`) or their mean (the other two). Everything is computed in float32. The soft L0
-with DEFT's eps = 1e-7 has its steepest slope at |a| = sqrt(eps / 3), about 2e-4, and almost none at ordinary
+and then the sum over sites (`l1`) or their mean (the other two). Everything is computed in float32. The soft
+L0 with DEFT's eps = 1e-7 has its steepest slope at |a| = sqrt(eps / 3), about 2e-4, and almost none at
+ordinary
 values: it removes what is nearly zero and hardly shrinks the rest. What an L1 weight means depends on its
 reductions, so they are part of the object and of `describe()`.
 
-Sources: Song et al. 2024, "ProSparse"; Runwal et al. 2024, "From PEFT to DEFT"; Yang et al. 2020, "DeepHoyer".
+Sources: Song et al. 2024, "ProSparse"; Runwal et al. 2024, "From PEFT to DEFT"; Yang et al. 2020,
+    "DeepHoyer".
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, get_args
 
@@ -122,14 +125,8 @@ class ActivationPenalty:
             raise InputError("this penalty is watching already; leave its block before entering it again")
         self._watcher.start()
         for site in self.sites:
-            self._handles.append(
-                attach(
-                    self.model.module,
-                    site,
-                    self._reader(site),
-                    batch=lambda s=site: self._watcher.of(s).batch,
-                )
-            )
+            batch = functools.partial(self._batch, site)
+            self._handles.append(attach(self.model.module, site, self._reader(site), batch=batch))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -138,6 +135,9 @@ class ActivationPenalty:
         self._handles.clear()
         self._watcher.stop()
         self._found.clear()
+
+    def _batch(self, site: Site) -> int:
+        return self._watcher.of(site).batch
 
     def _reader(self, site: Site) -> Any:
         def read(x: Tensor) -> Tensor:

@@ -4,15 +4,18 @@
     with model.edit(edit): ...
 
 1. Swap the activation function for ReLU (`relufication.relufy`).
-2. Go on training with  L = L_lm + w(t) * sum over blocks of mean over tokens of ||x1||_1,  x1 = ReLU(gate) * up,
+2. Go on training with  L = L_lm + w(t) * sum over blocks of mean over tokens of ||x1||_1,  x1 = ReLU(gate) *
+up,
    where w is 0 at first and then rises in sine-shaped stages (`schedules.SineStages`).
 3. Replace ReLU by FATReLU with the largest threshold that perplexity does not notice.
 
-The paper does not say how it reduces the L1 norm, and everything depends on it; here it is the sum over channels
-and blocks of the mean over tokens. Sparsity is measured at x1, what the down projection reads. What may be skipped
-in up and down is what the gate zeroes, which is fewer than the zeros of x1 only where up is exactly 0.
+The paper does not say how it reduces the L1 norm, and everything depends on it; here it is the sum over
+channels and blocks of the mean over tokens. Sparsity is measured at x1, what the down projection reads. What
+may be skipped in up and down is what the gate zeroes, which is fewer than the zeros of x1 only where up is
+exactly 0.
 
-Source: Song et al. 2024, "ProSparse: Introducing and Enhancing Intrinsic Activation Sparsity within Large Language
+Source: Song et al. 2024, "ProSparse: Introducing and Enhancing Intrinsic Activation Sparsity within Large
+    Language
 Models" (arXiv 2402.13516), section 3.
 """
 

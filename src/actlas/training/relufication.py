@@ -4,17 +4,19 @@
     with model.edit(edit): ...                # then train (see prosparse), and fit a threshold:
     edit = fit_threshold_shift(model, corpus, max_ppl_ratio=1.005)
 
-FATReLU zeroes x below a small threshold t > 0, which turns the many tiny activations of a trained ReLU model into
-zeros at no loss. `fit_threshold_shift` takes the largest t of a ladder at which the perplexity is still within the
-ratio; the same tokens are scored at every step.
+FATReLU zeroes x below a small threshold t > 0, which turns the many tiny activations of a trained ReLU model
+into zeros at no loss. `fit_threshold_shift` takes the largest t of a ladder at which the perplexity is still
+within the ratio; the same tokens are scored at every step.
 
-Sources: Mirzadeh et al. 2023, "ReLU Strikes Back"; Kurtz et al. 2020 (FATReLU); Song et al. 2024, "ProSparse".
+Sources: Mirzadeh et al. 2023, "ReLU Strikes Back"; Kurtz et al. 2020 (FATReLU); Song et al. 2024,
+    "ProSparse".
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -121,7 +123,8 @@ def fit_threshold_shift(
         seed: of the interval.
 
     Returns:
-        The edit; its measurements are the threshold, the perplexity ratio and the zero rates before and after.
+        The edit; its measurements are the threshold, the perplexity ratio and the zero rates before and
+        after.
 
     Raises:
         InputError: a ratio below 1, thresholds that do not rise, no text.
@@ -130,7 +133,7 @@ def fit_threshold_shift(
     if not 1 <= max_ppl_ratio < math.inf:
         raise InputError(f"max_ppl_ratio is {max_ppl_ratio:g}; it must be 1 or more, e.g. 1.005")
     ladder = tuple(float(t) for t in thresholds)
-    if not ladder or ladder[0] <= 0 or any(b <= a for a, b in zip(ladder, ladder[1:], strict=False)):
+    if not ladder or ladder[0] <= 0 or any(b <= a for a, b in pairwise(ladder)):
         raise InputError(f"thresholds are {ladder}; they must be positive and rise")
     for path in activation_paths(model):
         found = model.module.get_submodule(path)

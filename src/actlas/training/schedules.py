@@ -4,14 +4,15 @@
     WSDC(warmup=100, stable=600, decay=200, final=0.1)(step)
     Constant(1e-3)(step)
 
-`SineStages` is ProSparse's weight of the sparsity penalty: 0 before `start`, the first peak in the first stage, and
-then from peak to peak along half a sine, so that neither value nor slope jumps,
+`SineStages` is ProSparse's weight of the sparsity penalty: 0 before `start`, the first peak in the first
+stage, and then from peak to peak along half a sine, so that neither value nor slope jumps,
 
     eta = (1 + sin(-pi/2 + pi (t - T_{i-1}) / (T_i - T_{i-1}))) / 2,     w = w_{i-1} + eta (w_i - w_{i-1}),
 
-and the last peak for ever after. `WSDC` is PLM's learning rate as a factor of its peak: linear warm-up, a stable
-part, a decay, and then *constant* at the low value (where the best data is used). A schedule is a function of the
-step, counted from 0, so a `WSDC` can be handed to `torch.optim.lr_scheduler.LambdaLR` as it is.
+and the last peak for ever after. `WSDC` is PLM's learning rate as a factor of its peak: linear warm-up, a
+stable part, a decay, and then *constant* at the low value (where the best data is used). A schedule is a
+function of the step, counted from 0, so a `WSDC` can be handed to `torch.optim.lr_scheduler.LambdaLR` as it
+is.
 
 Sources: Song et al. 2024, "ProSparse", section 3.2 and its table of stages; PLM 2025, arXiv 2503.12167.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from actlas.core.errors import InputError
@@ -67,10 +69,10 @@ class SineStages:
             raise InputError(f"{len(self.peaks)} peaks and {len(self.ends)} ends: one end a peak is needed")
         for peak in self.peaks:
             _check("a peak", peak)
-        if not self.falling and any(b < a for a, b in zip(self.peaks, self.peaks[1:], strict=False)):
+        if not self.falling and any(b < a for a, b in pairwise(self.peaks)):
             raise InputError(f"the peaks {self.peaks} fall; give falling=True if that is meant")
         steps = (self.start, *self.ends)
-        if self.start < 0 or any(b <= a for a, b in zip(steps, steps[1:], strict=False)):
+        if self.start < 0 or any(b <= a for a, b in pairwise(steps)):
             raise InputError(f"the stages end at {self.ends} from {self.start} on; they must rise")
 
     def __call__(self, step: int) -> float:

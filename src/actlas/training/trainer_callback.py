@@ -2,10 +2,10 @@
 
     Trainer(model.module, args, train_dataset=..., callbacks=[penalty.callback()])
 
-While training runs, a hook on the whole model adds the penalty to `output.loss`. The Trainer divides the loss by
-the number of accumulation steps, except where the model takes `num_items_in_batch` and normalises itself; the
-penalty is then divided here, so that it always is the mean over the micro-batches of a step. Evaluation sees the
-task's loss alone.
+While training runs, a hook on the whole model adds the penalty to `output.loss`. The Trainer divides the loss
+by the number of accumulation steps, except where the model takes `num_items_in_batch` and normalises itself;
+the penalty is then divided here, so that it always is the mean over the micro-batches of a step. Evaluation
+sees the task's loss alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def penalty_callback(penalty: ActivationPenalty) -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if logs is not None and "loss" in logs:
-                logs |= {"zero_rate": penalty.zero_rate, "penalty_weight": penalty.weight}
+                for record in (logs, state.log_history[-1]):  # what other callbacks see, and what is kept
+                    record |= {"zero_rate": penalty.zero_rate, "penalty_weight": penalty.weight}
 
         def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             self.hook.remove()

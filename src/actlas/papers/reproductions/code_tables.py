@@ -1,8 +1,8 @@
 """Prompts that hide a code in a table and ask for it, with one question answered as an example.
 
-    table = code_tables(8, people=12, seed=0)[0]
-    table.prompt    # 'The code of Alice is 48213. ... Question: What is the code of Ben?\\nAnswer: The code of Ben is'
-    table.code      # '90311'
+table = code_tables(8, people=12, seed=0)[0]
+    table.prompt    # 'The code of Alice is 48213. ... Question: What is the code of Ben? ...'
+table.code      # '90311'
 """
 
 from __future__ import annotations
@@ -11,8 +11,27 @@ import random
 from dataclasses import dataclass
 
 _NAMES = (
-    "Alice Ben Clara David Emma Frank Grace Henry Iris Jack Karen Liam Mary Noah Olive Paul Quinn Rosa Simon Tina"
-).split()
+    "Alice",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Karen",
+    "Liam",
+    "Mary",
+    "Noah",
+    "Olive",
+    "Paul",
+    "Quinn",
+    "Rosa",
+    "Simon",
+    "Tina",
+)
 
 
 @dataclass(frozen=True)

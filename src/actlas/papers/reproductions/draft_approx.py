@@ -1,8 +1,8 @@
 """draft-approx: a draft that looks ahead chooses which keys and values of a prompt to keep.
 
-Galim et al. 2025. The target is SmolLM2; drafts are edits of it, from one that agrees with it to one that does
-not (layers left out), and the target itself, which is an oracle. Every arm keeps as many positions, and the
-window's last positions are the same: what differs is the score.
+Galim et al. 2025. The target is SmolLM2; drafts are edits of it, from one that agrees with it to one that
+does not (layers left out), and the target itself, which is an oracle. Every arm keeps as many positions,
+and the window's last positions are the same: what differs is the score.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ WINDOW, KERNEL = 16, 7
 
 def judge(m: Measured) -> list[Check]:
     """Central, at the smallest capacity: SpecKV keeps more of the attention of the target's own answer than
-    SnapKV at equal capacity, by a paired interval over prompts above 0, (1) with the target itself as the draft
-    and (2) with the draft that leaves out 2 layers. Also: a draft that leaves out 8 layers gains less than the
-    oracle; SnapKV keeps more than random positions; decoding with the cut cache answers no worse with SpecKV
-    (2 layers left out) than with SnapKV; and SpecPC's compressed prompt is answered better than the prompt's
-    last tokens.
+    SnapKV at equal capacity, by a paired interval over prompts above 0, (1) with the target itself as the
+    draft and (2) with the draft that leaves out 2 layers. Also: a draft that leaves out 8 layers gains less
+    than the oracle; SnapKV keeps more than random positions; decoding with the cut cache (largest capacity)
+    answers no worse with SpecKV (2 layers left out) than with SnapKV, open if neither ever answers; and
+    SpecPC's compressed prompt is answered better than the prompt's last tokens.
     """
     checks = []
     for name in (ORACLE, "2 layers left out"):
@@ -43,10 +43,16 @@ def judge(m: Measured) -> list[Check]:
     checks.append(Check.above("SnapKV keeps more than chance", m.get("gain of SnapKV over random"), 0.0))
     for name, found in (
         ("SpecKV answers no worse than SnapKV", m.get("change of accuracy, SpecKV against SnapKV")),
-        ("SpecPC answers better than the last tokens", m.get("change of accuracy, SpecPC against last tokens")),
+        (
+            "SpecPC answers better than the last tokens",
+            m.get("change of accuracy, SpecPC against last tokens"),
+        ),
     ):
+        arms = [m.get("answer accuracy", arm=a) for a in ("SnapKV", "SpecKV, 2 layers left out")]
         if found is None or found.value != found.value:
             checks.append(Check(name, None, "not measured in this run"))
+        elif name.startswith("SpecKV") and not any(a is not None and a.value > 0 for a in arms):
+            checks.append(Check(name, None, "neither arm ever gave the code"))
         elif name.startswith("SpecKV"):
             checks.append(Check(name, found.value >= 0, str(found)))
         else:
@@ -56,14 +62,14 @@ def judge(m: Measured) -> list[Check]:
 
 @reproduction(
     "draft-approx",
-    claim="A draft that looks ahead chooses the keys and values that the answer will attend to better than the "
-    "prompt's last tokens do.",
+    claim="A draft that looks ahead chooses the keys and values that the answer will attend to better than "
+    "the prompt's last tokens do.",
     judge=judge,
     quick={
         "prompts": 8,
-        "people": 12,
+        "people": 10,
         "answer_tokens": 8,
-        "capacities": (32, 64),
+        "capacities": (48, 96),
         "drafts": tuple(DRAFTS),
         "compressed": 4,
     },
@@ -71,7 +77,7 @@ def judge(m: Measured) -> list[Check]:
         "prompts": 32,
         "people": 20,
         "answer_tokens": 16,
-        "capacities": (32, 48, 96),
+        "capacities": (48, 64, 96, 128),
         "drafts": tuple(DRAFTS),
         "compressed": 24,
     },
@@ -93,7 +99,7 @@ def draft_approx(
         prompts: prompts with a table of codes and a question.
         people: rows of the table.
         answer_tokens: length of the target's answer and of the draft's.
-        capacities: kept positions; the first must be the smallest, and is the one that is decoded with.
+        capacities: kept positions, ascending; the last is the one that is decoded with.
         drafts: names in `DRAFTS`.
         compressed: prompts that are also compressed (SpecPC).
     """
@@ -147,10 +153,20 @@ def _findings(runs: Any, seed: int) -> Findings:
     mean("change of accuracy, SpecKV against SnapKV", right[first] - right["SnapKV"])
     mean("change of accuracy, SpecPC against last tokens", right["SpecPC"] - right["last tokens"])
     measured.append(
-        Measurement("kv-bytes", runs.kept_bytes, "bytes", len(runs.lengths), group={"arm": f"{small} positions"})
+        Measurement(
+            "kv-bytes",
+            runs.kept_bytes,
+            "bytes",
+            len(runs.lengths),
+            group={"arm": f"{runs.capacities[-1]} positions"},
+        )
     )
-    measured.append(Measurement("kv-bytes", runs.full_bytes, "bytes", len(runs.lengths), group={"arm": "full"}))
-    gains = [m for m in measured if m.name == "gain in recall over SnapKV" and m.group["capacity"] == "smallest"]
+    measured.append(
+        Measurement("kv-bytes", runs.full_bytes, "bytes", len(runs.lengths), group={"arm": "full"})
+    )
+    gains = [
+        m for m in measured if m.name == "gain in recall over SnapKV" and m.group["capacity"] == "smallest"
+    ]
     said = "; ".join(f"{m.group['draft']}: {100 * m.value:+.2f}" for m in gains)
     note = NOTE.format(shortest=min(runs.lengths), longest=max(runs.lengths), small=small)
     return Findings(
@@ -163,12 +179,13 @@ def _findings(runs: Any, seed: int) -> Findings:
 
 NOTE = (
     "Published: LongBench at 256 positions, dense 47.8, SnapKV 43.0, SpecKV 46.1 (Llama and Qwen targets of "
-    "several billion parameters, prompts of thousands of tokens). Here: SmolLM2-135M, prompts of {shortest} to "
-    "{longest} tokens, {small} positions; the question stands at the end, so that the window of the last "
-    "16 tokens already asks for the right row, which is SnapKV's best case. Official code: the last prompt token is "
-    "read again with the cut cache; ours takes the first token from the full prompt, for every arm. Max over "
-    "rows and heads and a max-pool of 7 for SnapKV and SpecKV alike. Drafts are edits of the target (whole layers "
-    "left out). Before this run four prompts of another seed were looked at to see that the target knows "
-    "the answers and how well drafts agree; no arm's recall was seen, and one more trial with tiny settings served "
-    "to debug."
+    "several billion parameters, prompts of thousands of tokens). Here: SmolLM2-135M, prompts of {shortest} "
+    "to {longest} tokens, {small} positions; the question stands at the end, so that the window of the last "
+    "16 tokens already asks for the right row, which is SnapKV's best case. Official code: the last prompt "
+    "token is read again with the cut cache; ours takes the first token from the full prompt, for every arm. "
+    "Max over rows and heads and a max-pool of 7 for SnapKV and SpecKV alike. Drafts are edits of the target "
+    "(whole layers left out). Before this run two trials: four prompts of another seed, to see that the "
+    "target knows the answers and how well drafts agree; and two prompts of a third seed with tables of 4 "
+    "people at 24 positions, where SpecKV gained 0.9 to 1.8 points and no cut cache gave a code, which is "
+    "why the largest capacity is decoded with."
 )

@@ -84,8 +84,8 @@ def _beyond_chance(name: str, shared: Measurement | None) -> Check:
     claim="A fine-tuned model tracks entities with the heads that its base model already used, and the gain "
     "sits in what these heads write.",
     judge=judge,
-    quick={"steps": 16, "early": 5, "prompts": 48, "path_prompts": 16, "triples": 32, "controls": 5},
-    full={"steps": 40, "early": 5, "prompts": 192, "path_prompts": 64, "triples": 128, "controls": 20},
+    quick={"steps": 10, "early": 3, "prompts": 48, "path_prompts": 16, "triples": 32, "controls": 5},
+    full={"steps": 40, "early": 3, "prompts": 192, "path_prompts": 64, "triples": 128, "controls": 20},
 )
 def entity_tracking(
     *, seed: int, steps: int, early: int, prompts: int, path_prompts: int, triples: int, controls: int
@@ -237,5 +237,7 @@ NOTE = (
     "falls of log p(answer) when a head's output at the last token comes from a prompt with other objects "
     "and labels and all other heads are frozen. Control for shared heads: random heads of the same blocks, "
     "because late blocks act on the logits in any model. The repository evaluates masks on training tokens, "
-    "here on held-out triples."
+    "here on held-out triples. Tried before: how many steps of teaching are enough, and one run of this seed "
+    "with 12 prompts (4 for path patching, 8 triples), which pointed the same way; nothing was changed after "
+    "it."
 )

@@ -18,10 +18,10 @@ WOMEN = _words(
     " Martha Anne Betty Christine Caroline Sophia Isabella Lily"
 )
 MEN = _words(
-    "John Tom James David Michael Robert William Richard Thomas Charles Daniel Matthew Mark Paul Steven"
-    " Andrew Kevin Brian George Edward Peter Henry Jack Simon Adam Ben Martin Frank Scott Eric Stephen Patrick Jason"
-    " Ryan Gary Larry Anthony Joseph Joshua Christopher Jonathan Benjamin Samuel Nicholas Philip Arthur"
-    " Albert Walter Harry Fred Carl Oliver Luke Jacob"
+    "John Tom James David Michael Robert William Richard Thomas Charles Daniel Matthew Mark Paul Steven "
+    "Andrew Kevin Brian George Edward Peter Henry Jack Simon Adam Ben Martin Frank Scott Eric Stephen "
+    "Patrick Jason Ryan Gary Larry Anthony Joseph Joshua Christopher Jonathan Benjamin Samuel Nicholas "
+    "Philip Arthur Albert Walter Harry Fred Carl Oliver Luke Jacob"
 )
 FEMALE = _words("woman girl mother sister queen daughter wife actress aunt princess lady grandmother bride")
 MALE = _words("man boy father brother king son husband actor uncle prince gentleman grandfather groom")

@@ -1,8 +1,8 @@
 """Runs of draft-approx: every arm's kept positions from one pass of the target over a prompt and an answer.
 
-A prompt's own attention does not depend on what stands behind it. One pass over the prompt and an answer gives
-the rows of SnapKV (the window's), those of SpecKV (and the answer's), and for the target's own answer the
-attention that recall is measured with. The rules are those of the edits in `actlas.sparsity`.
+A prompt's own attention does not depend on what stands behind it. One pass over the prompt and an answer
+gives the rows of SnapKV (the window's), those of SpecKV (and the answer's), and for the target's own answer
+the attention that recall is measured with. The rules are those of the edits in `actlas.sparsity`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class KeptCaches:
             kept |= self._blind(capacity, n)
             for arm, columns in kept.items():
                 self.recall.setdefault((capacity, arm), []).append(recall_of(mass, [c[0] for c in columns]))
-                if capacity == self.capacities[0]:
+                if capacity == self.capacities[-1]:
                     cut = _cut(cache, columns)
                     self.kept_bytes = cache_bytes(cut)
                     self._answer(arm, self._decode(cut, answer[:, :1], n), code)
@@ -97,7 +97,7 @@ class KeptCaches:
         }
 
     def _compress(self, ids: Tensor, code: str) -> None:
-        """Answer the prompt compressed to half, by SpecPC (the target as its draft) and by its last tokens."""
+        """Answer the prompt compressed to half: by SpecPC with itself as the draft, and its last tokens."""
         half = ids.shape[1] // 2
         select = Selector(half, self.window, pool=9, neighbors=9)
         chosen = select.choose(select.scores(self.model, ids))
@@ -121,7 +121,9 @@ class KeptCaches:
 
         cache = DynamicCache(config=self.model.config)
         with ExitStack() as stack, torch.no_grad():
-            for i, site in enumerate(self.model.resolve([f"blocks.{i}.attn.pattern" for i in range(self.blocks)])):
+            for i, site in enumerate(
+                self.model.resolve([f"blocks.{i}.attn.pattern" for i in range(self.blocks)])
+            ):
                 last = self.window + answer.shape[1]
                 stack.callback(attach(self.model.module, site, take(i), last_rows=last).remove)
             self.model.module(

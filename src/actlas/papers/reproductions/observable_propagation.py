@@ -15,16 +15,16 @@ from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduc
 
 
 def judge(m: Measured) -> list[Check]:
-    """Holds if, (1) the propagated vector is the gradient of the path through the model's own modules (relative
-    error below 1e-4, exact); (2) the norm's projection leaves directions in place: mean cosine above 0.98 on
-    prose tokens without massive rows; (3) the coupling of she-he with her-him, foretold from weights for the
-    twenty heads with the longest vectors, agrees with the slopes of their scores on prose tokens: r2 above 0.6
-    (central; it fails below 0.2); (4) the vector of the one head with the longest vector, chosen without data,
-    tells held-out women's names and nouns from men's with a higher AUC than logistic probes and mean
-    differences that were fitted on two, and on four, labelled names (central, against the better of the two);
-    (5) adding it to the person's last token moves she - he as foretold, up and down, in more than 90% of
-    prompts (central), and more often than random directions of the same length. Intervals are over words,
-    prompts or heads; a check whose interval covers its boundary is undecided."""
+    """Holds if, (1) the propagated vector is the gradient of the path through the model's own modules
+    (relative error below 1e-4, exact); (2) the norm's projection leaves directions in place: mean cosine
+    above 0.98 on prose tokens without massive rows; (3) the coupling of she-he with her-him, foretold from
+    weights for the twenty heads with the longest vectors, agrees with the slopes of their scores on prose
+    tokens: r2 above 0.6 (central; it fails below 0.2); (4) the vector of the one head with the longest
+    vector, chosen without data, tells held-out women's names and nouns from men's with a higher AUC than
+    logistic probes and mean differences that were fitted on two, and on four, labelled names (central,
+    against the better of the two); (5) adding it to the person's last token moves she - he as foretold, up
+    and down, in more than 90% of prompts (central), and more often than random directions of the same length.
+    Intervals are over words, prompts or heads; a check whose interval covers its boundary is undecided."""
     return [
         Check.below("the vector is the path's gradient", m.get("error against autograd"), 1e-4),
         Check.above("norms keep directions", m.get("cosine with the norm's projection"), 0.98),
@@ -104,21 +104,22 @@ def observable_propagation(
     )
     label = best.path[0]
     note = (
-        f"{NOTE} The head with the longest vector for she - he is {label} (length {ranked[0].weight:.0f}; the "
-        f"next, {ranked[1].path[0].label}, has {ranked[1].weight:.0f})."
+        f"{NOTE} The head with the longest vector for she - he is {label} (length {ranked[0].weight:.0f}; "
+        f"the next, {ranked[1].path[0].label}, has {ranked[1].weight:.0f})."
     )
     return Findings(measured, _headline(Measured(measured), label), note, [_plot(measured)])
 
 
 NOTE = (
     "Published: GPT-Neo-1.3B and others, subject and object pronouns, occupations, political parties, "
-    "programming languages. Ours: SmolLM2-135M-Instruct, pronouns only; paths through one head; couplings are "
-    "those of vectors of the same head, on states divided by their root mean square, slopes with an intercept. "
-    "Probes read the same site (what enters the head's block) as the vector, at the last token of the name. "
-    "Adding is done at the last token of the person in 'NAME said that', at the same site, with a tenth of the "
-    "median norm; the comparison moves it up and down by the same length. Tried before: with the names of "
-    "this run in another sentence, the AUC of the twenty longest vectors; nothing was chosen by it (the rule "
-    "that takes the longest vector is the card's); and one small run with seed 7 (256 tokens, 6 heads, 7 prompts)."
+    "programming languages. Ours: SmolLM2-135M-Instruct, pronouns only; paths through one head; couplings "
+    "are those of vectors of the same head, on states divided by their root mean square, slopes with an "
+    "intercept. Probes read the same site (what enters the head's block) as the vector, at the last token "
+    "of the name. Adding is done at the last token of the person in 'NAME said that', at the same site, "
+    "with a tenth of the median norm; the comparison moves it up and down by the same length. Tried "
+    "before: with the names of this run in another sentence, the AUC of the twenty longest vectors; "
+    "nothing was chosen by it (the rule that takes the longest vector is the card's); and one small run "
+    "with seed 7 (256 tokens, 6 heads, 7 prompts)."
 )
 
 
@@ -140,7 +141,7 @@ def _plot(measured: Sequence[Measurement]) -> Plot:
         if m.name == "AUC" and m.group["direction"] in ("logistic", "means")
     ]
     own = next(m.value for m in measured if m.name == "AUC" and m.group["direction"] == "observable")
-    sizes = sorted({row["labelled names"] for row in rows})
+    sizes = sorted({int(m.group["names"]) for m in measured if m.name == "AUC above the better probe"})
     rows += [{"labelled names": n, "AUC": own, "direction": "observable (no names)"} for n in sizes]
     return Plot(
         "Telling women from men by one direction", rows, "labelled names", "AUC", "direction", log="x"

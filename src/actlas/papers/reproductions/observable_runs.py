@@ -89,8 +89,8 @@ def on_prose(model: Model, other: Any, ranked: Sequence[Any], tokens: int, seed:
     return [
         coupling_agreement(couplings, seed=seed),
         Measurement(
-            "cosine with the norm's projection", sum(cosines) / len(cosines), "cosine", len(cosines), low, high,
-            "bootstrap over heads", seed, note=f"{len(x)} prose tokens; each head's vector against its "
+            "cosine with the norm's projection", sum(cosines) / len(cosines), "cosine", len(cosines), low,
+            high, "bootstrap over heads", seed, note=f"{len(x)} prose tokens; each head's vector against its "
             "part across the state",
         ),
     ]  # fmt: skip

@@ -1,13 +1,14 @@
 """prosparse: zeros by training. ReLU, an L1 penalty that rises in sine-shaped stages, and FATReLU at the end.
 
-Song et al. 2024. A byte-level Llama with SiLU learns Moby-Dick; from there all arms train equally long: SiLU as it
-is (the reference of quality), ReLU alone, ReLU with a fixed L1 weight, and ReLU with ProSparse's stages up to the
-same weight. Each ReLU arm is scored with threshold 0 and with FATReLU at 0.01.
+Song et al. 2024. A byte-level Llama with SiLU learns Moby-Dick; from there all arms train equally long: SiLU
+as it is (the reference of quality), ReLU alone, ReLU with a fixed L1 weight, and ReLU with ProSparse's stages
+up to the same weight. Each ReLU arm is scored with threshold 0 and with FATReLU at 0.01.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,22 +21,29 @@ THRESHOLD = 0.01  # the paper's
 
 
 def judge(m: Measured) -> list[Check]:
-    """Central: with the staged penalty and FATReLU at least 80% of the MLP activations are exactly zero while the
-    loss is under 2% above that of the SiLU model trained as long (interval over documents), and the share of
-    zeros lies at least 15 points above ReLU alone, at a loss at most 0.03 nats per byte higher. Beside it: FATReLU
-    at 0.01 adds zeros and costs at most 0.005 nats; at the same share of zeros the stages lose no more than fixed
-    weights do (the fixed arms joined by a line); FATReLU(0) is ReLU, bit for bit, and the schedule reaches its
-    peaks at the ends of its stages.
+    """Central: with the staged penalty and FATReLU at least 80% of the MLP activations are exactly zero while
+    the loss is under 2% above that of the SiLU model trained as long (interval over documents), and the share
+    of zeros lies at least 15 points above ReLU alone, at a loss at most 0.03 nats per byte higher. Beside it:
+    FATReLU at 0.01 adds zeros and costs at most 0.005 nats; at the same share of zeros the stages lose no
+    more than fixed weights do (the fixed arms joined by a line); FATReLU(0) is ReLU, bit for bit, and the
+    schedule reaches its peaks at the ends of its stages.
     """
-    staged, plain = m.get("zero rate", arm="stages", threshold="0.01"), m.get("zero rate", arm="relu", threshold="0")
+    staged, plain = (
+        m.get("zero rate", arm="stages", threshold="0.01"),
+        m.get("zero rate", arm="relu", threshold="0"),
+    )
     assert staged is not None and plain is not None
     extra = 100 * (staged.value - plain.value)
     matched = m["loss of the stages over fixed weights at equal zeros"]
     return [
         Check.above("at least 80% zeros", staged, 0.8, central=True),
-        Check.below("under 2% more loss than SiLU", m.get("loss over SiLU, share", arm="stages"), 0.02, central=True),
+        Check.below(
+            "under 2% more loss than SiLU", m.get("loss over SiLU, share", arm="stages"), 0.02, central=True
+        ),
         Check("15 points more zeros than ReLU alone", extra >= 15, f"{extra:+.1f} points", central=True),
-        Check.below("within 0.03 nats of ReLU alone", m.get("loss over ReLU", arm="stages"), 0.03, central=True),
+        Check.below(
+            "within 0.03 nats of ReLU alone", m.get("loss over ReLU", arm="stages"), 0.03, central=True
+        ),
         Check.above("FATReLU adds zeros", m["zeros that FATReLU adds"], 0.0),
         Check.below("FATReLU costs nothing", m["loss that FATReLU adds"], 0.005),
         Check.below("stages lose no more than fixed weights at equal zeros", matched, 0.0),
@@ -48,7 +56,7 @@ def judge(m: Measured) -> list[Check]:
     claim="ReLU, an L1 penalty raised in sine-shaped stages and a small threshold leave over 80% of a SiLU "
     "model's MLP activations exactly zero at the quality of the original.",
     judge=judge,
-    quick={"pretrain": 500, "steps": 240, "fixed": (1e-3, 3e-3), "last": 3e-3, "tokens": 16384},
+    quick={"pretrain": 400, "steps": 240, "fixed": (1e-3, 3e-3), "last": 3e-3, "tokens": 16384},
     full={"pretrain": 1500, "steps": 1000, "fixed": (3e-4, 1e-3, 3e-3, 1e-2), "last": 3e-3, "tokens": 65536},
 )
 def prosparse(
@@ -98,7 +106,9 @@ def prosparse(
         out.append(lab.rise(relu, run, "loss over ReLU", arm=arm))
         out.append(_share(lab.rise(silu, run, "loss over SiLU, share", arm=arm), silu))
     fat, bare = found["stages", "0.01"], found["stages", "0"]
-    out.append(Measurement("zeros that FATReLU adds", fat.zeros - bare.zeros, "fraction", fat.losses.tokens.size))
+    out.append(
+        Measurement("zeros that FATReLU adds", fat.zeros - bare.zeros, "fraction", fat.losses.tokens.size)
+    )
     out.append(lab.rise(bare, fat, "loss that FATReLU adds"))
     curve = [found[a, "0.01"] for a in arms if a.startswith("fixed") or a == "relu"]
     out.append(_against(curve, fat))
@@ -110,7 +120,8 @@ def prosparse(
     ]
     share = next(m for m in out if m.name == "loss over SiLU, share" and m.group["arm"] == "stages")
     headline = (
-        f"{fat.zeros:.1%} zeros with the stages ({relu.zeros:.1%} with ReLU alone), at {share.value:+.2%} of the "
+        f"{fat.zeros:.1%} zeros with the stages ({relu.zeros:.1%} with ReLU alone), at {share.value:+.2%} "
+        "of the "
         "SiLU model's loss"
     )
     plot = Plot("Loss against zeros", rows, x="zeros", y="loss", color="arm", mark="point")
@@ -118,10 +129,14 @@ def prosparse(
 
 
 NOTE = (
-    "Published: LLaMA2-7B 89.3% zeros at an average score of 38.5 (original 38.0), with vanilla ReLU 66% and 41.4, "
-    "after 34.6 billion tokens. Ours: a byte-level Llama of 0.5 million parameters; zeros are those of what the "
-    "down projection reads, on held-out prose. The paper does not say how it reduces the L1 norm, so its weights "
-    "cannot be carried over; its shares of steps and ratios of peaks are kept (7B). Before this run it was known "
+    "Published: LLaMA2-7B 89.3% zeros at an average score of 38.5 (original 38.0), with vanilla ReLU 66% "
+    "and 41.4, "
+    "after 34.6 billion tokens. Ours: a byte-level Llama of 0.5 million parameters; zeros are those of what "
+    "the "
+    "down projection reads, on held-out prose. The paper does not say how it reduces the L1 norm, so its "
+    "weights "
+    "cannot be carried over; its shares of steps and ratios of peaks are kept (7B). Before this run it was "
+    "known "
     "from a feasibility run of another size that stages were not better than a fixed weight at this scale."
 )
 
@@ -144,7 +159,7 @@ def _against(curve: Sequence[lab.Score], staged: lab.Score) -> Measurement:
 
     name = "loss of the stages over fixed weights at equal zeros"
     points = sorted(curve, key=lambda run: run.zeros)
-    for a, b in zip(points, points[1:], strict=False):
+    for a, b in pairwise(points):
         if a.zeros <= staged.zeros <= b.zeros:
             part = (staged.zeros - a.zeros) / max(b.zeros - a.zeros, 1e-12)
             first, second = (lab.rise(r, staged, name) for r in (a, b))

@@ -57,7 +57,14 @@ def train(
     )
     chosen = list(model.module.parameters()) if parameters is None else list(parameters)
     return train_language(
-        model, drawn, chosen, steps=steps, lr=lr, rate=rate, penalties=penalties, what=f"training {model.name}"
+        model,
+        drawn,
+        chosen,
+        steps=steps,
+        lr=lr,
+        rate=rate,
+        penalties=penalties,
+        what=f"training {model.name}",
     )
 
 

@@ -1,4 +1,5 @@
-"""uncurl: shrinking a mixture for one task, is merging experts that are routed alike better than deleting them?
+"""uncurl: shrinking a mixture for one task, is merging experts that are routed alike better than deleting
+them?
 
 A byte-level Mixtral with 16 experts a block learns prose, Python source and columns of sums. For each kind of
 text its experts become 8 (and 4): pruned by usage or by REAP's score, merged at random, merged by UNCURL with
@@ -39,16 +40,22 @@ def judge(m: Measured) -> list[Check]:
     after = {"experts": "8", "tuned": "yes"}
     return [
         Check.below(
-            "UNCURL loses less than random merging", m.get("loss over", arm=RANDOM, **after), 0.0, central=True
+            "UNCURL loses less than random merging",
+            m.get("loss over", arm=RANDOM, **after),
+            0.0,
+            central=True,
         ),
         Check.below(
-            "UNCURL loses less than pruning by usage", m.get("loss over", arm=USAGE, **after), 0.0, central=True
+            "UNCURL loses less than pruning by usage",
+            m.get("loss over", arm=USAGE, **after),
+            0.0,
+            central=True,
         ),
-        Check.below(
-            "alignment helps", m.get("loss over", arm=UNALIGNED, experts="8", tuned="no"), 0.0
-        ),
+        Check.below("alignment helps", m.get("loss over", arm=UNALIGNED, experts="8", tuned="no"), 0.0),
         Check.above("four times fewer experts lose more", m["loss of 4 over 8 experts"], 0.0),
-        Check.below("UNCURL loses no more than training from scratch", m.get("loss over", arm=SCRATCH, **after), 0.0),
+        Check.below(
+            "UNCURL loses no more than training from scratch", m.get("loss over", arm=SCRATCH, **after), 0.0
+        ),
     ]
 
 
@@ -122,7 +129,9 @@ def _report(runs: dict[tuple[str, int, bool], list[Losses]], names: list[str], s
     for (arm, count, tuned), losses in runs.items():
         group = {"arm": arm, "experts": str(count), "tuned": "yes" if tuned else "no"}
         out.append(_mean("loss", losses, None, group, seed))
-        rows.append({"arm": arm, "setting": f"{count} experts{', tuned' if tuned else ''}", "loss": out[-1].value})
+        rows.append(
+            {"arm": arm, "setting": f"{count} experts{', tuned' if tuned else ''}", "loss": out[-1].value}
+        )
         for name, one in zip(names, losses, strict=True):
             out.append(_mean("loss by text", [one], None, {**group, "text": name}, seed))
         if arm != UNCURL and (UNCURL, count, tuned) in runs:
@@ -131,12 +140,14 @@ def _report(runs: dict[tuple[str, int, bool], list[Losses]], names: list[str], s
     out.append(
         _mean("loss of 4 over 8 experts", runs[UNCURL, quarter, False], runs[UNCURL, half, False], {}, seed)
     )
-    found = {(m.group.get("arm"), m.group.get("experts"), m.group.get("tuned")): m for m in out if m.name == "loss"}
+    found = {
+        (m.group.get("arm"), m.group.get("experts"), m.group.get("tuned")): m for m in out if m.name == "loss"
+    }
     tuned_at = {arm: found[arm, str(half), "yes"].value for arm in (UNCURL, RANDOM, USAGE, REAP)}
     headline = (
-        f"8 of 16 experts, tuned: UNCURL {tuned_at[UNCURL]:.3f}, random merge {tuned_at[RANDOM]:.3f}, pruned by usage "
-        f"{tuned_at[USAGE]:.3f}, by REAP's score {tuned_at[REAP]:.3f} nats/byte; all experts, not tuned "
-        f"{found['all experts', str(EXPERTS), 'no'].value:.3f}"
+        f"8 of 16 experts, tuned: UNCURL {tuned_at[UNCURL]:.3f}, random merge {tuned_at[RANDOM]:.3f}, pruned "
+        f"by usage {tuned_at[USAGE]:.3f}, by REAP's score {tuned_at[REAP]:.3f} nats/byte; all experts, not "
+        f"tuned {found['all experts', str(EXPERTS), 'no'].value:.3f}"
     )
     plot = Plot("Loss on the task's held-out text", rows, x="setting", y="loss", color="arm", mark="point")
     return Findings(out, headline, NOTE, [plot])
@@ -150,17 +161,16 @@ def _mean(
     total = np.concatenate([x.nll for x in losses])
     if base is not None:
         total = total - np.concatenate([x.nll for x in base])
-    return mean_measurement(
-        name, "nats/byte", total / tokens, tokens, seed=seed, group=group, better="lower"
-    )
+    return mean_measurement(name, "nats/byte", total / tokens, tokens, seed=seed, group=group, better="lower")
 
 
 NOTE = (
-    "Published: mixtures of 1 to 13 billion parameters with 8 to 128 experts on SuperGLUE; pruning by usage hurts "
-    "on every task, UNCURL at a factor of 2 matches or beats a smaller mixture trained from scratch. Ours: a "
-    "byte-level Mixtral of 16 experts, three kinds of text as tasks. The published summary gives clustering by router "
-    "logits, alignment and activation-weighted means; affinity, reference, matching score and the merge of the router "
-    "are our completion. 'Loss over' is UNCURL's loss minus the arm's. Later work (REAP) reports that pruning "
-    "beats merging for generation; a pruning arm that wins here points the same way. Intervals are over "
-    "documents of one trained model. Losses before fine-tuning are stored beside those after."
+    "Published: mixtures of 1 to 13 billion parameters with 8 to 128 experts on SuperGLUE; pruning by usage "
+    "hurts on every task, UNCURL at a factor of 2 matches or beats a smaller mixture trained from scratch. "
+    "Ours: a byte-level Mixtral of 16 experts, three kinds of text as tasks. The published summary gives "
+    "clustering by router logits, alignment and activation-weighted means; affinity, reference, matching "
+    "score and the merge of the router are our completion. 'Loss over' is UNCURL's loss minus the arm's. "
+    "Later work (REAP) reports that pruning beats merging for generation; a pruning arm that wins here "
+    "points the same way. Intervals are over documents of one trained model. Losses before fine-tuning are "
+    "stored beside those after."
 )
