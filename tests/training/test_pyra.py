@@ -88,7 +88,7 @@ def test_matching_and_merging_brute_force() -> None:
         for _, a, b in sorted(best, reverse=True)[:3]:
             total[b] = total[b] + total.pop(a)
             weight[b] += weight.pop(a)
-        order = [j for j in range(0, 9, 2) if j in total] + [j for j in range(1, 9, 2)]
+        order = [j for j in range(0, 9, 2) if j in total] + list(range(1, 9, 2))
         want = torch.stack([total[j] / weight[j] for j in order])
         assert torch.allclose(merged[row], want)
         assert sizes[row, :, 0].tolist() == [weight[j] for j in order]
@@ -150,7 +150,8 @@ def test_pyra_begins_as_plain_merging_and_follows_its_equation(vit: Model) -> No
     with torch.no_grad():
         module.w_d.normal_()
     source, target = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double()
-    got = module(source, target)
+    got = module(source, target).detach()
+    module.requires_grad_(False)
     for row in range(2):
         total = source[row] + target[row]
         p = (total - total.mean(-1, keepdim=True)) / (
@@ -175,7 +176,8 @@ def test_training_learns_and_leaves_the_model_alone(vit: Model, tmp_path: Path) 
     with vit.edit(edit):
         tuned = logits(vit, pixels)
     assert float((tuned.argmax(-1) == labels).double().mean()) > 0.8
-    assert all(float(m.w_d.abs().max()) > 0 for m in edit.adapters.pyra.values())
+    moved = {i: float(m.w_d.abs().max()) > 0 for i, m in edit.adapters.pyra.items()}
+    assert moved == {"0": True, "1": True, "2": False}  # nothing reads the patches behind the last attention
     loaded = Edit.load(edit.save(tmp_path / "pyra"), vit)
     with vit.edit(loaded):
         assert torch.equal(logits(vit, pixels), tuned)

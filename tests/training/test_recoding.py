@@ -108,7 +108,7 @@ def test_mc_dropout_and_ensemble_signals_against_loops() -> None:
     assert float(ensemble.anchor_loss(10).detach()) == 0
     with torch.no_grad():
         ensemble.weight[1] += 0.5
-    assert float(ensemble.anchor_loss(10)) == pytest.approx(3.0 / 10 * 0.25 * D * V / 3)
+    assert float(ensemble.anchor_loss(10).detach()) == pytest.approx(3.0 / 10 * 0.25 * D * V / 3)
     with pytest.raises(InputError, match="decoder is an ensemble"):
         read(model, tokens(), Recoding("ensemble"))
 

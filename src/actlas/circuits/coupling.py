@@ -101,11 +101,13 @@ def measured_coupling(y1: FeatureVector | Tensor, y2: FeatureVector | Tensor, x:
         raise InputError("the scores of y1 are all the same, so nothing can be foretold from them")
     slope = float(d1 @ d2 / (d1 @ d1))
     r2 = 1 - float((d2 - slope * d1).square().sum() / d2.square().sum().clamp_min(1e-300))
-    inside = 0
-    for k, size, value in zip(s1.tolist(), wide.norm(dim=1).tolist(), s2.tolist(), strict=True):
-        low, high = coupling_bounds(a, b, k, size * (1 + 1e-9))
-        inside += low - 1e-6 * abs(low) - 1e-9 <= value <= high + 1e-6 * abs(high) + 1e-9
-    return MeasuredCoupling(coupling(a, b), slope, r2, inside / len(x), len(x))
+    cosine = float(torch.clamp(a @ b / (a.norm() * b.norm()).clamp_min(1e-300), -1, 1))
+    middle = float(b.norm()) * cosine * s1 / a.norm()
+    left = (wide.square().sum(1) - s1.square() / (a @ a)).clamp_min(0).sqrt()
+    reach = float(b.norm()) * math.sqrt(1 - cosine**2) * left
+    room = 1e-6 * (middle.abs() + reach) + 1e-9  # rounding, where the bound is reached
+    inside = float(((s2 - middle).abs() <= reach + room).double().mean())
+    return MeasuredCoupling(coupling(a, b), slope, r2, inside, len(x))
 
 
 def coupling_agreement(found: list[MeasuredCoupling], *, seed: int = 0, **group: str) -> Measurement:

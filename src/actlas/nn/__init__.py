@@ -12,6 +12,7 @@
 | `moe_x` | MoE-X: ReLU experts behind that router |
 | `switch` | the baseline: a learned router |
 | `blockffn` | BlockFFN: a ReLU router, so that tokens run as many experts as they need |
+| `mohd` | a mixture of hidden dimensions: each token uses some slices of the residual stream |
 | `multi_task` | mixtures for several tasks: MMoE, PLE and HoME |
 | `wide_view` | a mixture of experts as a dictionary |
 | `activation_beacon` | windows condensed into a few keys and values that stay |
@@ -26,6 +27,7 @@ from actlas.nn.blockffn import BlockFFN
 from actlas.nn.experts import MixtureOfExperts, Routing, balance_loss
 from actlas.nn.los_net import LOSNet
 from actlas.nn.moe_x import MoEX
+from actlas.nn.mohd import MoHD, MonarchLinear
 from actlas.nn.multi_task import HoME, MultiTaskExperts
 from actlas.nn.sparsity_router import SparsityRouter
 from actlas.nn.switch import SwitchMoE
@@ -40,6 +42,8 @@ __all__ = [
     "LOSNet",
     "MixtureOfExperts",
     "MoEX",
+    "MoHD",
+    "MonarchLinear",
     "MultiTaskExperts",
     "Routing",
     "SparsityRouter",

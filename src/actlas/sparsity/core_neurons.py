@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,12 +77,17 @@ def core_counts(h: Tensor, alpha: float, rank: Rank) -> Tensor:
     """Return how many tokens hold each neuron in their core, int64 `[d]`, for `h` `[n, d]`."""
     limit = (alpha * (h > 0).sum(1)).long()
     size = h if rank == "positive" else h.abs()
-    most = int(limit.max())
-    if most == 0:
+    if not bool(limit.any()):
         return torch.zeros(h.shape[1], dtype=torch.int64, device=h.device)
-    values = size.topk(most, dim=1).values
-    bound = values.gather(1, (limit - 1).clamp_min(0)[:, None])
+    bound = _ascending(size).gather(1, (h.shape[1] - limit.clamp_min(1))[:, None])
     return ((size >= bound) & (limit > 0)[:, None]).sum(0)
+
+
+def _ascending(x: Tensor) -> Tensor:
+    """Sort rows; numpy's sort of values alone is several times as fast as torch's on a CPU."""
+    if x.device.type != "cpu":
+        return x.sort(dim=1).values
+    return torch.from_numpy(np.sort(x.detach().numpy(), axis=1))
 
 
 def sparse_blocks(model: Model, skip_first: int, skip_last: int) -> list[int]:

@@ -59,7 +59,7 @@ def judge(m: Measured) -> list[Check]:
     claim="A few trained beacons in the place of each window's keys and values let a model use what its "
     "window no longer holds.",
     judge=judge,
-    quick={"base_steps": 300, "steps": 250, "documents": 128, "width": 64, "windows": 3},
+    quick={"base_steps": 300, "steps": 150, "documents": 128, "width": 64, "windows": 3},
     full={"base_steps": 4000, "steps": 2000, "documents": 400, "width": 128, "windows": 8},
 )
 def activation_beacon(
@@ -85,7 +85,7 @@ def activation_beacon(
     untrained = ActivationBeacon(model, WINDOW, 4)
     beacon = ActivationBeacon(model, WINDOW, 4)
     fit_beacons(
-        beacon, train, steps=steps, ratios=RATIOS, weights=_weights(train), batch=16, rate=3e-3, seed=seed
+        beacon, train, steps=steps, ratios=RATIOS, weights=_weights(train), batch=16, rate=1e-2, seed=seed
     )
     logits: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -102,8 +102,8 @@ def activation_beacon(
         Measurement("greatest difference, first window", float(first), "logits", len(test), better="lower")
     )
     m = Measured(out)
-    letters = {w: m.get("keys named", way=w) for w in WAYS}
-    said = ", ".join(f"{w} {v.value:.0%}" for w, v in letters.items() if v is not None)
+    named = {w: m.get("keys named", way=w) for w in WAYS}
+    said = ", ".join(f"{w} {v.value:.0%}" for w, v in named.items() if v is not None)
     return Findings(out, f"keys named after the first window: {said}", NOTE, [_plot(out)])
 
 
@@ -118,7 +118,8 @@ NOTE = (
     "paper's; its later version (interleaved beacons) is not built. Tried before this run, on other "
     "documents (seed 7): keys of three letters and of three signs, which the small model did not learn to "
     "copy in 600 steps even with full attention (one sign of three at best), so the key was made one sign; "
-    "and beacons trained on a loss without emphasis, which learned slowly."
+    "and beacons trained at rates of 2e-3 and 3e-3, with and without emphasis, which hardly learned in 160 "
+    "to 240 steps; at 1e-2 they named every key after 150."
 )
 
 
@@ -235,5 +236,5 @@ def _measure(logits: dict[str, Tensor], test: Tensor, keys: Tensor, seed: int) -
 
 
 def _plot(measured: Sequence[Measurement]) -> Plot:
-    rows = [{"way": m.group["way"], "letters": m.value} for m in measured if m.name == "keys named"]
-    return Plot("Share of keys named after the first window", rows, "way", "letters", mark="bar")
+    rows = [{"way": m.group["way"], "keys named": m.value} for m in measured if m.name == "keys named"]
+    return Plot("Share of keys named after the first window", rows, "way", "keys named", mark="bar")

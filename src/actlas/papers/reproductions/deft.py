@@ -146,7 +146,12 @@ NOTE = (
 
 def _numbers(run: lab.Score, model: str, arm: str) -> list[Measurement]:
     density = Measurement(
-        "density", 1 - run.zeros, "fraction", int(run.losses.tokens.sum()),
-        group={"model": model, "arm": arm}, better="lower", details={"by_layer": [round(1 - z, 4) for z in run.by_layer]},
-    )  # fmt: skip
+        "density",
+        1 - run.zeros,
+        "fraction",
+        int(run.losses.tokens.sum()),
+        group={"model": model, "arm": arm},
+        better="lower",
+        details={"by_layer": [round(1 - z, 4) for z in run.by_layer]},
+    )
     return [lab.loss(run, model=model, arm=arm), density]

@@ -99,7 +99,8 @@ class KeptCaches:
     def _compress(self, ids: Tensor, code: str) -> None:
         """Answer the prompt compressed to half: by SpecPC with itself as the draft, and its last tokens."""
         half = ids.shape[1] // 2
-        select = Selector(half, self.window, pool=9, neighbors=9)
+        skipped = min(8, self.blocks // 3)
+        select = Selector(half, self.window, pool=9, neighbors=9, skip_layers=skipped)
         chosen = select.choose(select.scores(self.model, ids))
         self._answer("SpecPC", self._write(self.model, ids[:, chosen]), code)
         self._answer("last tokens", self._write(self.model, ids[:, -half:]), code)

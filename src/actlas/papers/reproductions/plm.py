@@ -52,7 +52,8 @@ def judge(m: Measured) -> list[Check]:
 @reproduction(
     "plm",
     claim="Latent attention with a squared-ReLU MLP keeps the quality of a gated model at equal parameters, "
-    "with most activations zero and a KV cache seven times smaller; a constant tail of the learning rate does no harm.",
+    "with most activations zero and a KV cache seven times smaller; a constant tail of the learning rate "
+    "does no harm.",
     judge=judge,
     quick={"steps": 400, "d": 96, "layers": 3, "tokens": 16384},
     full={"steps": 3000, "d": 96, "layers": 3, "tokens": 65536},
@@ -154,7 +155,7 @@ class _Gated(nn.Module):
 
 def build(mlp: str, d: int, layers: int, seed: int) -> Model:
     """Return an untrained byte-level model of PLM's shape with one of the MLPs, all of equal parameters."""
-    from actlas.nn.plm import PLM, PLMConfig
+    from actlas.nn.plm import PLM, PLMBlock, PLMConfig
     from actlas.papers.reproductions.byte_models import byte_tokenizer
 
     torch.manual_seed(seed)
@@ -164,12 +165,14 @@ def build(mlp: str, d: int, layers: int, seed: int) -> Model:
     )  # fmt: skip
     model = PLM(config)
     for block in model.layers:
+        assert isinstance(block, PLMBlock)
         if mlp == "swiglu":
-            block.mlp = _Gated(d, 4 * d)
-            for weight in block.mlp.parameters():
+            gated = _Gated(d, 4 * d)
+            for weight in gated.parameters():
                 nn.init.normal_(weight, std=0.02)
+            block.set_submodule("mlp", gated)
         elif mlp == "relu":
-            block.mlp.set_submodule("act_fn", nn.ReLU())
+            block.set_submodule("mlp.act_fn", nn.ReLU())
     return Model(model, byte_tokenizer(), name=f"byte PLM ({mlp})", kind="causal-lm")
 
 
