@@ -459,5 +459,8 @@ def test_scopes_that_contradict_are_refused() -> None:
         with model.edit(Zero(site), MeanAblate(site, torch.ones(model.d_model or 0))):
             pass
     assert model.installed == ()
-    with model.edit(Zero(site).at(positions=0), MeanAblate(site, torch.ones(model.d_model or 0))), model.edit(Zero(site)):
+    with (
+        model.edit(Zero(site).at(positions=0), MeanAblate(site, torch.ones(model.d_model or 0))),
+        model.edit(Zero(site)),
+    ):
         model.logits("one two")

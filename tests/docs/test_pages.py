@@ -58,8 +58,9 @@ def test_commands_and_options_of_a_page_exist(page: Path) -> None:
             continue
         assert words[1] in COMMANDS, f"{page.name}: {line}"
         known = options(words[1])
-        if words[1] == "fit" and (info := find_method(words[2])).open:
-            kinds = {f.name for kind in ARCHITECTURES.values() for f in fields(kind)}
+        if words[1] == "fit":
+            info = find_method(words[2])
+            kinds = {f.name for kind in ARCHITECTURES.values() for f in fields(kind)} if info.open else set()
             known |= {"--" + name.replace("_", "-") for name in {*info.options, *kinds}}
         for word in words[2:]:
             if re.match(r"--?[a-z]", word):

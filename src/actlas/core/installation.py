@@ -309,8 +309,8 @@ def _check_overwrites(plans: list[tuple[ActivationEdit, list[Site]]]) -> None:
             first = seen.setdefault((site.name, edit.scope), edit)
             if first is not edit:
                 raise InputError(
-                    f"{first.describe()} and {edit.describe()} both set {site.name} for the same tokens, so the "
-                    "first would be lost; leave one out, or limit them with at(...)"
+                    f"{first.describe()} and {edit.describe()} both set {site.name} for the same tokens, so "
+                    "the first would be lost; leave one out, or limit them with at(...)"
                 )
 
 

@@ -45,12 +45,12 @@ class Scope:
             raise InputError(f"phase is {self.phase!r}; it must be 'prompt' or 'generated'")
         if isinstance(self.positions, str) and self.positions != "last":
             raise InputError(f"positions is {self.positions!r}; give numbers, a range or 'last'")
-        if self.phase == "generated" and isinstance(self.positions, tuple) and self.positions:
-            if all(p < 0 for p in self.positions):
-                raise InputError(
-                    f"positions={list(self.positions)} count back from the end of the prompt, and "
-                    "phase='generated' leaves the prompt out; give positions='last', or another phase"
-                )
+        counted = isinstance(self.positions, tuple) and bool(self.positions)
+        if self.phase == "generated" and counted and all(int(p) < 0 for p in self.positions or ()):
+            raise InputError(
+                f"positions={list(self.positions or ())} count back from the end of the prompt, and "
+                "phase='generated' leaves the prompt out; give positions='last', or another phase"
+            )
 
     def describe(self) -> str:
         """Return e.g. `"positions=[-1], phase=prompt"`."""

@@ -136,9 +136,7 @@ def from_steering_vectors(vector: Any, model: Model) -> Edit:
     """
     layers = getattr(vector, "layer_activations", None)
     if not isinstance(layers, Mapping):
-        raise InputError(
-            f"a {type(vector).__name__} is not a steering vector: it has no layer_activations"
-        )
+        raise InputError(f"a {type(vector).__name__} is not a steering vector: it has no layer_activations")
     kind = str(getattr(vector, "layer_type", "decoder_block"))
     if kind not in _SITE_OF_LAYER_TYPE:
         raise InputError(f"layer_type is {kind!r}; it must be one of {', '.join(_SITE_OF_LAYER_TYPE)}")
