@@ -193,6 +193,30 @@ class Edit:
         return bound
 
 
+class WholeEdit(Edit):
+    """An edit that is in or out: it has no strength, scope or condition. `whole` says why."""
+
+    whole: ClassVar[str] = "it is in or out"
+
+    def __mul__(self, factor: float) -> Edit:
+        if factor == 1.0:
+            return self
+        raise InputError(f"{self.describe()}: {self.whole}; it has no strength ({factor:g})")
+
+    def at(
+        self,
+        *,
+        tokens: int | str | Sequence[int | str] | None = None,
+        positions: int | range | slice | Sequence[int] | Literal["last"] | None = None,
+        phase: Phase | None = None,
+        rows: int | Sequence[int] | None = None,
+    ) -> Edit:
+        raise InputError(f"{self.describe()}: {self.whole}; it has no scope (use an activation edit)")
+
+    def when(self, lens: Lens, threshold: float = 0.0, **options: Any) -> Edit:
+        raise InputError(f"{self.describe()}: {self.whole}; it has no condition (use an activation edit)")
+
+
 EDIT_TYPES: dict[str, type[Edit]] = {}
 
 

@@ -14,21 +14,19 @@ builds a known class from numbers and never runs foreign code:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from actlas.core.edit import Edit, register_edit
+from actlas.core.edit import Edit, WholeEdit, register_edit
 from actlas.core.errors import ArtifactError, InputError
 from actlas.core.layout import find, weight_matrix
-from actlas.core.scope import Phase
 
 if TYPE_CHECKING:
     from actlas.core.installation import Installation
-    from actlas.core.lens import Lens
 
 MODULE_TYPES: dict[str, Any] = {}
 M = TypeVar("M", bound=type[nn.Module])
@@ -42,7 +40,7 @@ def register_module(cls: M) -> M:
 
 @register_edit
 @dataclass(frozen=True, eq=False, repr=False)
-class SwapModule(Edit):
+class SwapModule(WholeEdit):
     """Put `module` in the place of the submodule at `path` while the edit is installed.
 
     Attributes:
@@ -50,26 +48,10 @@ class SwapModule(Edit):
         module: the replacement; it is called exactly as the original was.
     """
 
+    whole: ClassVar[str] = "a module edit is in or out, for every token"
+
     path: str
     module: nn.Module
-
-    def __mul__(self, factor: float) -> Edit:
-        if factor == 1.0:
-            return self
-        raise InputError(f"{self.describe()}: a module edit is in or out; it has no strength ({factor:g})")
-
-    def at(
-        self,
-        *,
-        tokens: int | str | Sequence[int | str] | None = None,
-        positions: int | range | slice | Sequence[int] | Literal["last"] | None = None,
-        phase: Phase | None = None,
-        rows: int | Sequence[int] | None = None,
-    ) -> Edit:
-        raise InputError(f"{self.describe()}: a module edit applies to every token; use an activation edit")
-
-    def when(self, lens: Lens, threshold: float = 0.0, **options: Any) -> Edit:
-        raise InputError(f"{self.describe()}: a module edit has no condition; use an activation edit")
 
     def describe(self) -> str:
         return f"SwapModule at {self.path} by {type(self.module).__name__}"

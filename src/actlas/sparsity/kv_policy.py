@@ -17,22 +17,20 @@ The first token of the answer comes from the full prompt (as in SnapKV); the cut
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from actlas.core.edit import EDIT_TYPES, Edit, compose
+from actlas.core.edit import EDIT_TYPES, Edit, WholeEdit, compose
 from actlas.core.errors import ArtifactError, InputError, ModelError
 from actlas.core.model import Model
-from actlas.core.scope import Phase
 
 if TYPE_CHECKING:
     from actlas.core.installation import Installation
-    from actlas.core.lens import Lens
 
 
 class KeptLayer(DynamicLayer):
@@ -113,12 +111,14 @@ class KeptLayer(DynamicLayer):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class KVPolicy(Edit):
+class KVPolicy(WholeEdit):
     """What stays in the cache. Subclasses say which attention rows they read and what they choose.
 
     Attributes:
         capacity: positions that stay per key-value head.
     """
+
+    whole: ClassVar[str] = "a cache policy serves the whole prompt"
 
     capacity: int = 256
 
@@ -162,24 +162,6 @@ class KVPolicy(Edit):
     def evicts(self) -> bool:
         """Whether keys are dropped from the cache."""
         return True
-
-    def __mul__(self, factor: float) -> Edit:
-        if factor == 1.0:
-            return self
-        raise InputError(f"{self.describe()}: a cache policy is on or off; it has no strength ({factor:g})")
-
-    def at(
-        self,
-        *,
-        tokens: int | str | Sequence[int | str] | None = None,
-        positions: int | range | slice | Sequence[int] | Literal["last"] | None = None,
-        phase: Phase | None = None,
-        rows: int | Sequence[int] | None = None,
-    ) -> Edit:
-        raise InputError(f"{self.describe()}: a cache policy serves the whole prompt; it has no scope")
-
-    def when(self, lens: Lens, threshold: float = 0.0, **options: Any) -> Edit:
-        raise InputError(f"{self.describe()}: a cache policy has no condition")
 
     def describe(self) -> str:
         return f"{type(self).__name__} of {self.capacity} positions"

@@ -13,32 +13,31 @@ token's attention Liang et al. 2022, "EViT" (arXiv 2202.07800), here without its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from actlas.core.edit import Edit, register_edit
+from actlas.core.edit import Edit, WholeEdit, register_edit
 from actlas.core.errors import InputError
 from actlas.core.methods import method
 from actlas.core.model import Model
-from actlas.core.scope import Phase
 from actlas.core.token_merging import check_schedule, install_slim_blocks
 
 if TYPE_CHECKING:
     from actlas.core.installation import Installation
-    from actlas.core.lens import Lens
 
 
 @register_edit
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenMerge(Edit):
+class TokenMerge(WholeEdit):
     """Merge the most similar tokens.
 
     Attributes:
         schedule: how many tokens go after each block's attention; one entry a block.
     """
+
+    whole: ClassVar[str] = "it changes the number of tokens of all images"
 
     schedule: tuple[int, ...]
     #: Whether tokens are dropped instead of merged.
@@ -46,24 +45,6 @@ class TokenMerge(Edit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", tuple(self.schedule))
-
-    def __mul__(self, factor: float) -> Edit:
-        if factor == 1.0:
-            return self
-        raise InputError(f"{self.describe()}: it is in or out; it has no strength ({factor:g})")
-
-    def at(
-        self,
-        *,
-        tokens: int | str | Sequence[int | str] | None = None,
-        positions: int | range | slice | Sequence[int] | Literal["last"] | None = None,
-        phase: Phase | None = None,
-        rows: int | Sequence[int] | None = None,
-    ) -> Edit:
-        raise InputError(f"{self.describe()}: it changes the number of tokens of all images; it has no scope")
-
-    def when(self, lens: Lens, threshold: float = 0.0, **options: Any) -> Edit:
-        raise InputError(f"{self.describe()}: it changes the number of tokens; it has no condition")
 
     def describe(self) -> str:
         return f"{type(self).__name__} of {sum(self.schedule)} tokens over {len(self.schedule)} blocks"

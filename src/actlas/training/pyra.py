@@ -21,24 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actlas.core.edit import Edit, register_edit
+from actlas.core.edit import Edit, WholeEdit, register_edit
 from actlas.core.errors import InputError, ModelError, NonFiniteError
 from actlas.core.layout import find, join
 from actlas.core.methods import method
 from actlas.core.model import Model
-from actlas.core.scope import Phase
 from actlas.core.swap import SwapModule
 from actlas.core.token_merging import check_schedule, install_slim_blocks
 
 if TYPE_CHECKING:
     from actlas.core.installation import Installation
-    from actlas.core.lens import Lens
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -121,32 +119,16 @@ class Adapters(nn.Module):
 
 @register_edit
 @dataclass(frozen=True, eq=False, repr=False)
-class TunedTokens(Edit):
+class TunedTokens(WholeEdit):
     """A ViT adapted to a task, with fewer tokens: low-rank changes, classifier, merging, PYRA.
 
     Attributes:
         adapters: what was trained.
     """
 
+    whole: ClassVar[str] = "it changes the number of tokens of all images"
+
     adapters: Adapters
-
-    def __mul__(self, factor: float) -> Edit:
-        if factor == 1.0:
-            return self
-        raise InputError(f"{self.describe()}: it is in or out; it has no strength ({factor:g})")
-
-    def at(
-        self,
-        *,
-        tokens: int | str | Sequence[int | str] | None = None,
-        positions: int | range | slice | Sequence[int] | Literal["last"] | None = None,
-        phase: Phase | None = None,
-        rows: int | Sequence[int] | None = None,
-    ) -> Edit:
-        raise InputError(f"{self.describe()}: it changes the number of tokens of all images; it has no scope")
-
-    def when(self, lens: Lens, threshold: float = 0.0, **options: Any) -> Edit:
-        raise InputError(f"{self.describe()}: it changes the number of tokens; it has no condition")
 
     def describe(self) -> str:
         kind = "PYRA" if len(self.adapters.pyra) else "LoRA"
