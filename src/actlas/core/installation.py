@@ -29,6 +29,16 @@ if TYPE_CHECKING:
     from actlas.core.swap import SwapModule
 
 
+# A module's hooks, which a module that is swapped in shares with the one it replaces.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 class EditHadNoEffect(UserWarning):
     """An installed edit ran through whole forward passes and changed nothing."""
 
@@ -219,10 +229,15 @@ class Installation:
         self.keep(attach(self.model.module, site, read, batch=batch))
 
     def swap(self, edit: SwapModule) -> None:
-        """Swap a module in. Called by the edit."""
+        """Swap a module in. Called by the edit. Hooks on the original (readers, other edits) go with it."""
         original = edit.swap_in(self.model.module)
         edit.module.train(original.training)
         self._undo.append(lambda: edit.swap_out(self.model.module, original))
+        own = {name: getattr(edit.module, name) for name in _HOOKS}
+        if edit.module is not original and not any(own.values()):
+            for name in _HOOKS:
+                setattr(edit.module, name, getattr(original, name))
+            self._undo.append(lambda: [setattr(edit.module, n, hooks) for n, hooks in own.items()])
 
     def keep(self, handle: Handle) -> None:
         """Remove a hook when the edits are taken back; for edits that place hooks of their own."""

@@ -59,6 +59,8 @@ ROOMS: tuple[str, ...] = (
 _OWN = (
     "actlas.core.edits",
     "actlas.core.skip_inputs",
+    "actlas.core.quant_linear",
+    "actlas.core.quant_edit",
     "actlas.core.dictionary_edits",
     "actlas.core.probe",
     "actlas.core.pca",
