@@ -99,7 +99,14 @@ def _folder(folder: Path, name: str, source: str, dtype: torch.dtype | None, tru
     packed = sorted(folder.glob("*.gguf"))
     if len(packed) == 1 and not (folder / "config.json").exists():
         return _file(packed[0], dtype)
-    if read_config(folder)["model_type"] == MODEL_TYPE:
+    config = read_config(folder)
+    if (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
+        from actlas.models.exchange.compressed import read_compressed
+
+        model, _ = read_compressed(folder)
+        _convert(model.module, dtype, None)
+        return model
+    if config["model_type"] == MODEL_TYPE:
         return _efficientnet_lite(folder, name, source, dtype)
     loaded = load_folder(folder, name, dtype, trust_remote_code=trust)
     return Model(loaded.module, loaded.tokenizer, loaded.processor, name, kind=loaded.kind, source=source)
