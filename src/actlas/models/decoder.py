@@ -5,8 +5,9 @@
 
 Decoding reads every weight once for each token, so what counts is how many bytes they take and that nothing
 else costs time. The blocks run in native code (`kernels/native/decoder.cpp`) on a static key-value cache,
-with float32 weights (the model's own memory) or packed ones (`kernels/packed.py`). With float32 weights the
-tokens are those of transformers' greedy decoding on the same weights, up to the rounding of sums.
+with float32 weights (the model's own memory), packed ones (`kernels/packed.py`), or the codes of quantised
+layers that are installed while the loop is made (`packed_codes.py`). With float32 weights the tokens are
+those of transformers' greedy decoding on the same weights, up to the rounding of sums.
 
 Edits at `blocks.{i}.resid_post`, `blocks.{i}.resid_pre` and `embed` apply between the blocks, and layers that
 skip inputs (`SkipInputs`) read only the columns of the others; see `decoder_edits.py`. Other edits, other
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from actlas.core.errors import InputError, ModelError
 from actlas.core.installation import Installation
 from actlas.core.layout import find, join
-from actlas.kernels.columns import pack_columns
+from actlas.kernels.columns import PackedColumns, pack_columns
 from actlas.kernels.loading import native
 from actlas.kernels.packed import GROUP, Format, Packed, pack
 from actlas.models.decoder_edits import LAYERS, new_generation, new_pass, plan
+from actlas.models.packed_codes import column_codes, packed_codes
 
 if TYPE_CHECKING:
     from actlas.core.edit import Edit
@@ -144,8 +146,8 @@ class FastDecoder:
             for name, handle in handles.items():
                 threshold = self._plan.thresholds.get((i, name))
                 if threshold is not None and packed[name].columns % GROUP == 0:
-                    columns = pack_columns(_linear(block, name).weight.data, packed[name].format)
-                    handle.set_sparse(columns.format, columns.data, threshold)
+                    columns = _columns(_linear(block, name), packed[name].format)
+                    handle.set_sparse(columns.format, columns.data, threshold, columns.group)
                 elif threshold is not None:
                     raise ModelError(
                         f"{name} of block {i} has {packed[name].columns} inputs; "
@@ -239,11 +241,21 @@ def pack_layers(model: Model, weights: Format, head: Format) -> Layers:
 
 
 def _packed(layer: nn.Module, format: Format) -> Packed:
+    codes = packed_codes(layer)
+    if codes is not None:
+        return codes
     weight, bias = layer.weight, getattr(layer, "bias", None)
     assert isinstance(weight, Tensor)
     if weight.shape[1] % GROUP:
         format = "f32"
     return pack(weight.data, format, None if bias is None else bias.data)
+
+
+def _columns(layer: Any, format: str) -> PackedColumns:
+    own = column_codes(layer)
+    if own is not None:
+        return own
+    return pack_columns(layer.weight.data, format if format in ("f32", "q8", "q4") else "f32")  # type: ignore[arg-type]
 
 
 def _linear(block: Any, name: str) -> Any:
