@@ -2,7 +2,7 @@
 # make test    set up the development environment and run the tests
 # make slow    the slow tests too (they download the bundled models)
 # make lint    ruff, formatting, types
-# make bench   the benchmarks of bench/
+# make bench   the benchmarks of bench/ (bench-kernels, bench-decode: some of them)
 # make docs    the documentation site, in site/
 #
 # Variables: PYTHON=python3.12 (3.10 or newer), VENV=.venv, MODEL=smollm2, OUT=card
@@ -17,7 +17,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c c
 PROJECT := pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE
 SOURCES := $(shell find src -type f ! -name '*.pyc' ! -name '*.so' 2>/dev/null)
 
-.PHONY: card test slow lint bench docs clean
+.PHONY: card test slow lint bench bench-kernels bench-decode docs clean
 
 card: $(VENV)/.installed
 	$(BIN)/actlas card $(MODEL) --out $(OUT)
@@ -36,6 +36,12 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench
+
+bench-kernels: $(VENV)/.installed-dev
+	$(BIN)/python -m bench kernels columns
+
+bench-decode: $(VENV)/.installed-dev
+	$(BIN)/python -m bench decode
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict --quiet

@@ -7,8 +7,8 @@ import importlib
 import sys
 
 NAMES = (
-    *("startup", "kernels", "loading", "reading", "streaming", "harvest", "dictionaries"),
-    *("steering", "decode", "patching"),
+    *("startup", "kernels", "columns", "loading", "reading", "streaming", "harvest", "dictionaries"),
+    *("steering", "decode", "shrink", "patching", "sparsity-rules", "quantize"),
 )
 
 
@@ -21,7 +21,8 @@ def main() -> int:
     wrong = [name for name in args.names if name not in NAMES]
     if wrong:
         parser.error(f"no benchmark is called {wrong[0]!r}; there are {', '.join(NAMES)}")
-    met = [importlib.import_module(f"bench.{name}").main(args.rounds) for name in args.names or NAMES]
+    modules = [f"bench.{name.replace('-', '_')}" for name in args.names or NAMES]
+    met = [importlib.import_module(module).main(args.rounds) for module in modules]
     return 0 if all(met) else 1
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from actlas.papers import papers, render_docs
+from actlas.papers.prompt_only_page import prompt_only_page
 from actlas.papers.render import draw, overview
 from actlas.papers.reproduction import Plot, stored
 
@@ -20,6 +21,7 @@ def test_the_overview_lists_every_paper():
 
 def test_docs_are_up_to_date():
     assert (DOCS / "papers.md").read_text(encoding="utf-8") == overview(), "run python -m actlas.papers"
+    assert (DOCS / "prompt-only.md").read_text(encoding="utf-8") == prompt_only_page()
     for p in papers(status="reproduced"):
         result = stored(p.slug)
         text = (DOCS / "papers" / f"{p.slug}.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from actlas.measure.sparsity_price import sparsity_price
 from actlas.sparsity.chess import calibrate_gates, fit_chess
 from actlas.sparsity.core_clusters import CoreNeuronClusters, fit_core_clusters
 from actlas.sparsity.core_neurons import (
+    core_counts,
     core_set,
     fit_core_neurons,
     freeze,
@@ -105,6 +106,22 @@ def test_core_set_is_the_definition(seed: int) -> None:
     h = torch.randn(13, 20, generator=torch.Generator().manual_seed(seed))
     for alpha, keep in ((0.4, 0.2), (0.9, 0.5), (0.05, 0.3)):
         assert torch.equal(core_set(h, keep, alpha=alpha), _brute(h, keep, alpha))
+
+
+@pytest.mark.parametrize("rank", ["positive", "abs"])
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_counts_of_cores_are_those_of_a_sort(rank: str, rows: int) -> None:
+    h = (
+        torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows)).mul(2).round().div(2)
+    )  # with ties
+    h[0] = -h[0].abs()  # nothing positive: no core
+    want = torch.zeros(24, dtype=torch.int64)
+    for row in h:
+        k = int(0.4 * int((row > 0).sum()))
+        if k:
+            size = row if rank == "positive" else row.abs()
+            want += size >= size.sort(descending=True).values[k - 1]
+    assert torch.equal(core_counts(h, 0.4, rank), want)
 
 
 def test_rankings_differ_where_they_should() -> None:

@@ -15,8 +15,7 @@ from actlas.cli.shared import (
     Json,
     Seed,
     example,
-    load_edits,
-    load_model,
+    load_with_edits,
     new_app,
     one_list,
     session,
@@ -79,8 +78,7 @@ def card(
         find_sections(chosen)
         from actlas.report.build import card as build
 
-        loaded = load_model(model)
-        edits = load_edits(edit, loaded)
+        loaded, edits = load_with_edits(model, edit)
         made = build(
             loaded,
             out_folder,

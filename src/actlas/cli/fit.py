@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json as jsonlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def fit(
             raise InputError(f"the data is given twice: {data!r} and --corpus {corpus!r}")
         data = corpus if data is None else data
         options = _options(info, one_list(site), [*(option or []), *own], seed)
-        if info.data != "none" and data is None:
+        if info.data != "none" and data is None and not info.data_optional:
             raise InputError(f"{method} needs data ({_wanted(info)}); see 'actlas methods {method}'")
         target = out_folder or Path(method)
         if info.returns != "Measurement":
@@ -201,7 +202,7 @@ def _options(info: MethodInfo, sites: list[str], given: list[str], seed: int) ->
             raise InputError(
                 f"{info.name} has no option {key!r}{did_you_mean(key, info.options)} (it has {has})"
             )
-        options[key] = _value(value)
+        options[key] = _checked(info, key, _value(value))
     if sites:
         if "site" not in info.options:
             raise InputError(f"{info.name} is not fitted at a site; leave out --site")
@@ -216,6 +217,19 @@ def _options(info: MethodInfo, sites: list[str], given: list[str], seed: int) ->
             f"{info.name} needs the option {missing[0]!r}; give it as --option {missing[0]}=VALUE"
         )
     return options
+
+
+def _checked(info: MethodInfo, key: str, value: Any) -> Any:
+    """Return a value; where the method takes nothing but numbers, text is refused.
+
+    Raises:
+        InputError: text instead of a number.
+    """
+    parameter = inspect.signature(info.fit).parameters.get(key)
+    kinds = set() if parameter is None else {k.strip() for k in str(parameter.annotation).split("|")}
+    if isinstance(value, str) and kinds <= {"int", "float", "None"} and kinds & {"int", "float"}:
+        raise InputError(f"{key} must be a number, not {value!r}")
+    return value
 
 
 def _value(text: str) -> Any:

@@ -17,22 +17,25 @@ from actlas.cli.shared import (
     check_prompt,
     example,
     installed,
-    load_edits,
-    load_model,
+    load_with_edits,
     new_app,
     session,
 )
+from actlas.core.errors import InputError
 
 if TYPE_CHECKING:
+    from actlas.core.edit import Edit
     from actlas.core.model import Model
 
 app = new_app()
+RUNTIMES = ("auto", "lean", "transformers")
 
 
 @app.command(
     epilog=example(
         "actlas generate smollm2 'The capital of France is' --max-new-tokens 20",
         "actlas generate smollm2 'I think that' --edit happy*4 --compare",
+        "actlas generate shrunk/ 'Once upon a time'           (a folder of actlas shrink)",
     )
 )
 def generate(
@@ -51,6 +54,13 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, metavar="X", help="Nucleus, when sampling.")
     ] = 1.0,
     num_beams: Annotated[int, typer.Option(min=1, metavar="N", help="Beams; 1 is none.")] = 1,
+    runtime: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|lean|transformers",
+            help="What generates: the lean loop where it can, that or nothing, or transformers.",
+        ),
+    ] = "auto",
     json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -58,8 +68,9 @@ def generate(
     """Generate text, with edits installed if you like."""
     with session(json=json, debug=debug) as out:
         check_prompt(prompt)
-        loaded = load_model(model)
-        edits = load_edits(edit, loaded)
+        if runtime not in RUNTIMES:
+            raise InputError(f"--runtime is {runtime!r}; it must be one of {', '.join(RUNTIMES)}")
+        loaded, edits = load_with_edits(model, edit)
         inputs: Any = [{"role": "user", "content": prompt}] if chat else prompt
         options = {
             "max_new_tokens": max_new_tokens,
@@ -70,17 +81,20 @@ def generate(
         }
         live = not json and not compare and num_beams == 1 and sys.stdout.isatty()
         texts: dict[str, str] = {}
-        if compare or not edits:
-            texts["base"] = _run(loaded, inputs, options, live)
-        if edits:
-            with installed(loaded, edits):
-                texts["edited"] = _run(loaded, inputs, options, live)
+        ran: dict[str, dict[str, str]] = {}
+        for what, those in (("base", []), ("edited", edits)):
+            if (what == "base" and (compare or not edits)) or (what == "edited" and edits):
+                texts[what], ran[what] = _run(loaded, inputs, those, options, live, runtime)
+        if not json:
+            for why in dict.fromkeys(r["why_not_lean"] for r in ran.values() if "why_not_lean" in r):
+                sys.stderr.write(f"actlas: transformers generated, not the lean loop: {why}\n")
         out.document = {
             "model": loaded.name,
             "prompt": prompt,
             "chat": chat,
             "edits": [e.describe() for e in edits],
             "options": options,
+            "runtime": ran,
             **texts,
         }
         if len(texts) > 1:
@@ -89,12 +103,29 @@ def generate(
             out.say(next(iter(texts.values())))
 
 
-def _run(model: Model, inputs: Any, options: dict[str, Any], live: bool) -> str:
-    if not live:
-        return model.generate(inputs, **options).texts[0]
-    text = model.generate(inputs, on_token=_printer(model.tokenizer), **options).texts[0]
-    print()
-    return text
+def _run(
+    model: Model, inputs: Any, edits: list[Edit], options: dict[str, Any], live: bool, runtime: str
+) -> tuple[str, dict[str, str]]:
+    """Generate, on the lean loop where it can; return the text, and what generated it."""
+    show = _printer(model.tokenizer) if live else None
+    reason: str | None = "transformers was asked for"
+    if runtime != "transformers":
+        from actlas.models.fast_generate import fast_generate, reason_against
+
+        reason = reason_against(model, inputs, edits, num_beams=options["num_beams"])
+        if reason is not None and runtime == "lean":
+            raise InputError(f"the lean loop cannot run this: {reason}; leave out --runtime lean")
+    if reason is None:
+        own = {name: value for name, value in options.items() if name != "num_beams"}
+        text = fast_generate(model, inputs, edits, on_token=show, **own).texts[0]
+        ran = {"runtime": "lean loop"}
+    else:
+        with installed(model, edits):
+            text = model.generate(inputs, on_token=show, **options).texts[0]
+        ran = {"runtime": "transformers"} | ({} if runtime == "transformers" else {"why_not_lean": reason})
+    if live:
+        print()
+    return text, ran
 
 
 def _printer(tokenizer: Any) -> Callable[[Any], None]:

@@ -13,8 +13,7 @@ from actlas.cli.shared import (
     Json,
     Seed,
     example,
-    load_edits,
-    load_model,
+    load_with_edits,
     new_app,
     one_list,
     session,
@@ -87,8 +86,7 @@ def measure(
         for name in wanted or ():
             find_measure(name)
         on = _data(data, seed)
-        loaded = load_model(model)
-        edits = load_edits(edit, loaded)
+        loaded, edits = load_with_edits(model, edit)
         out.document = {
             "model": loaded.name,
             "edits": [e.describe() for e in edits],

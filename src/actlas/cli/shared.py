@@ -99,13 +99,38 @@ def load_model(name: str) -> Model:
     """Load a model by name or path.
 
     Raises:
-        InputError: an empty name. ModelError: no such model.
+        InputError: an empty name, or a folder of `actlas shrink`. ModelError: no such model.
     """
     from actlas.models import load
 
     if not name.strip():
         raise InputError("the model's name is empty; 'actlas models' lists the bundled ones")
+    if _is_shrunk(name):
+        raise InputError(f"{name} holds what shrinks a model; give the model itself, and --edit {name}")
     return load(name)
+
+
+def load_with_edits(name: str, given: Sequence[str] | None) -> tuple[Model, list[Edit]]:
+    """Load a model and the edits that it is to have; a folder of `actlas shrink` names both.
+
+    Raises:
+        InputError, ModelError: as `load_model`. ArtifactError, FingerprintError: as `load_edits`.
+    """
+    given = list(given or ())
+    if _is_shrunk(name):
+        from actlas.report.shrink.result import load_record
+
+        given = [name, *given]
+        name = str(load_record(name)["model"])
+    loaded = load_model(name)
+    return loaded, load_edits(given, loaded)
+
+
+def _is_shrunk(name: str) -> bool:
+    try:
+        return (Path(name) / "shrink.json").is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def load_edits(given: Sequence[str] | None, model: Model) -> list[Edit]:

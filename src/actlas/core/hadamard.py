@@ -36,10 +36,17 @@ def block_hadamard(x: Tensor, size: int) -> Tensor:
         )
     shape, half = x.shape, 1
     out = x.reshape(-1, size)
+    plain = not (torch.is_grad_enabled() and x.requires_grad)
     while half < size:
         pairs = out.view(-1, size // (2 * half), 2, half)
         a, b = pairs[:, :, 0], pairs[:, :, 1]
-        out = torch.stack([a + b, a - b], 2).view(-1, size)
+        if plain:  # the same numbers, written once
+            new = torch.empty_like(pairs)
+            torch.add(a, b, out=new[:, :, 0])
+            torch.sub(a, b, out=new[:, :, 1])
+        else:
+            new = torch.stack([a + b, a - b], 2)
+        out = new.view(-1, size)
         half *= 2
     rotated: Tensor = (out * size**-0.5).reshape(shape)
     return rotated

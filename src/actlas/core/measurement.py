@@ -75,7 +75,7 @@ class Measurement:
             "group": dict(self.group),
             "better": self.better,
             "note": self.note,
-            "details": dict(self.details),
+            "details": {k: _finite(v) if isinstance(v, float) else v for k, v in self.details.items()},
         }
         if self.baseline is not None:
             out["baseline"] = self.baseline.to_json()

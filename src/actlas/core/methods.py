@@ -59,6 +59,7 @@ ROOMS: tuple[str, ...] = (
 _OWN = (
     "actlas.core.edits",
     "actlas.core.skip_inputs",
+    "actlas.core.packed_weights",
     "actlas.core.quant_linear",
     "actlas.core.quant_edit",
     "actlas.core.dictionary_edits",
@@ -85,6 +86,7 @@ class MethodInfo:
         papers: slugs of the papers that it implements.
         options: name -> default of its keyword options (`...` for a required one).
         open: whether it takes further options, which it checks itself (those of an architecture, say).
+        data_optional: whether it has data of its own where none is given.
     """
 
     name: str
@@ -97,6 +99,7 @@ class MethodInfo:
     papers: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     open: bool = False
+    data_optional: bool = False
 
     @property
     def needs_site(self) -> bool:
@@ -149,7 +152,11 @@ def method(
         options = _options(fit, 1 if data == "none" else 2)
         kinds = (p.kind for p in inspect.signature(fit).parameters.values())
         more = inspect.Parameter.VAR_KEYWORD in kinds
-        _METHODS[name] = MethodInfo(name, room, returns, data, summary, fit, example, papers, options, more)
+        second = list(inspect.signature(fit).parameters.values())[1:2]
+        own = data != "none" and bool(second) and second[0].default is not inspect.Parameter.empty
+        _METHODS[name] = MethodInfo(
+            name, room, returns, data, summary, fit, example, papers, options, more, own
+        )
         return fit
 
     return register

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from actlas.core.edit import ActivationEdit, Here, register_edit
 from actlas.core.errors import InputError
+from actlas.kernels.selection import topk_mask
 
 if TYPE_CHECKING:
     from actlas.core.sites import Site
@@ -106,8 +107,7 @@ class SkipInputs(ActivationEdit):
         k = max(1, round(self.keep * x.shape[-1]))
         if k == x.shape[-1]:
             return torch.ones_like(score, dtype=torch.bool)
-        order = score.argsort(dim=-1, descending=True, stable=True)[..., :k]
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
+        return topk_mask(score, k)
 
     def value(self, x: Tensor, here: Here) -> Tensor:
         return torch.where(self.mask(x), x, x.new_zeros(()))

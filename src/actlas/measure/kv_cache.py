@@ -73,8 +73,13 @@ def kept_positions(model: Model, ids: Tensor) -> list[Tensor]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the size of the stored keys and values in bytes."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    """Return the size of the stored keys and values in bytes (of codes and scales, where they are coded)."""
+    return sum(_layer_bytes(layer) for layer in cache.layers)
+
+
+def _layer_bytes(layer: Any) -> int:
+    own = getattr(layer, "stored_bytes", None)
+    return own if isinstance(own, int) else sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
 
 
 def answer_mass(model: Model, ids: Tensor, answer: Tensor) -> Mass:

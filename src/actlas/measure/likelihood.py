@@ -14,7 +14,7 @@ sized to keep them under `LOGIT_BYTES`) nothing as wide as the vocabulary is hel
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,8 @@ def nll(
     stride: int | None = None,
     per_document: int | None = None,
     against_base: bool = False,
+    keep_logits: list[Tensor] | None = None,
+    base_logits: Sequence[Tensor] | None = None,
 ) -> Losses:
     """Score text with a causal language model, under whatever edits are installed.
 
@@ -125,6 +127,9 @@ def nll(
         per_document: tokens read of one document at most. With `tokens` given it defaults to
             `tokens // 32`, at least 64, so that there are documents enough for an interval.
         against_base: also run each batch without the installed edits and sum the divergence.
+        keep_logits: a list to which the logits of each batch are appended (as wide as the vocabulary).
+        base_logits: what a run without edits over the same text with the same options kept so; with it
+            `against_base` needs no pass of its own.
 
     Returns:
         Sums per document.
@@ -140,8 +145,13 @@ def nll(
     correct: dict[int, NDArray[np.bool_]] = {}
     planned = sum(len(w.ids) for w in chosen.windows)
     with progress("language model likelihood", total=planned, unit="tokens") as advance:
-        for batch in _batches(model, chosen.windows):
-            found = _score(model, [chosen.windows[i] for i in batch], chosen.ids, against_base)
+        for number, batch in enumerate(_batches(model, chosen.windows)):
+            windows, base = [chosen.windows[i] for i in batch], None
+            if base_logits is not None:
+                if number >= len(base_logits) or len(base_logits[number]) != len(windows):
+                    raise InputError("base_logits are not of the same text and options")
+                base = base_logits[number]
+            found = _score(model, windows, chosen.ids, against_base, base, keep_logits)
             for row, i in enumerate(batch):
                 document = chosen.windows[i].document
                 for key, rows in found.sums.items():
@@ -274,14 +284,23 @@ class _Scores:
     correct: list[NDArray[np.bool_]]
 
 
-def _score(model: Model, windows: list[Window], names: tuple[str, ...], against_base: bool) -> _Scores:
+def _score(
+    model: Model,
+    windows: list[Window],
+    names: tuple[str, ...],
+    against_base: bool,
+    base: Tensor | None = None,
+    keep: list[Tensor] | None = None,
+) -> _Scores:
     inputs = _pad(model, windows)
-    if against_base:
+    if not against_base:
+        base = None
+    elif base is None:
         with model.without_edits():
             base = output_logits(model, inputs)
-        logits = output_logits(model, inputs)
-    else:
-        base, logits = None, output_logits(model, inputs)
+    logits = output_logits(model, inputs)
+    if keep is not None:
+        keep.append(logits)
     keys = ["nll", "tokens", "hits", "entropy"] + (["divergence", "agreement"] if against_base else [])
     sums: dict[str, list[float]] = {key: [] for key in keys}
     correct = []

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from actlas.core.errors import InputError, ModelError
 from actlas.core.layout import find, join, weight_matrix
+from actlas.core.quant_linear import QuantLinear
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -90,7 +91,7 @@ def linear_layers(model: Model, names: tuple[str, ...] | None = None) -> list[Li
         linear = {
             path: module
             for path, module in inside.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear | QuantLinear)
             or type(module).__name__ == "Conv1D"
             or hasattr(module, "weights_touched")  # a sparse layer in a linear layer's place
         }

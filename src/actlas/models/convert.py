@@ -39,6 +39,14 @@ def from_gguf(unpacked: Path, made: Path) -> None:
         tokenizer.save_pretrained(made)
 
 
+def from_ct2_whisper(unpacked: Path, made: Path) -> None:
+    """Read a CTranslate2 file of Whisper; see `ct2_whisper`."""
+    from actlas.models.ct2_whisper import from_ct2_whisper as convert
+
+    made.mkdir(parents=True, exist_ok=True)
+    convert(unpacked, made)
+
+
 def from_lite0_checkpoint(unpacked: Path, made: Path) -> None:
     """Read the published checkpoint as data (never as code), and name the classes where names are there.
 

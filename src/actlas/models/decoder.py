@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actlas.core.errors import InputError, ModelError
+from actlas.core.errors import InputError, ModelError, NonFiniteError
 from actlas.core.installation import Installation
 from actlas.core.layout import find, join
 from actlas.kernels.columns import PackedColumns, pack_columns
@@ -246,6 +246,11 @@ def _packed(layer: nn.Module, format: Format) -> Packed:
         return codes
     weight, bias = layer.weight, getattr(layer, "bias", None)
     assert isinstance(weight, Tensor)
+    if not bool(torch.isfinite(weight.detach().sum(0)).all()):
+        shape = list(weight.shape)
+        raise NonFiniteError(
+            f"a weight {shape} of the model holds NaN or infinity; check the file it is from"
+        )
     if weight.shape[1] % GROUP:
         format = "f32"
     return pack(weight.data, format, None if bias is None else bias.data)

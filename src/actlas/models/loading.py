@@ -92,6 +92,7 @@ def _bundled(info: BundledInfo, dtype: torch.dtype | None, offline: bool) -> Mod
 
 
 def _folder(folder: Path, name: str, source: str, dtype: torch.dtype | None, trust: bool) -> Model:
+    from actlas.core import module_folder
     from actlas.core.model import Model
     from actlas.models.efficientnet_lite import MODEL_TYPE
     from actlas.models.pretrained import load_folder, read_config
@@ -108,6 +109,10 @@ def _folder(folder: Path, name: str, source: str, dtype: torch.dtype | None, tru
         return model
     if config["model_type"] == MODEL_TYPE:
         return _efficientnet_lite(folder, name, source, dtype)
+    if config["model_type"] == module_folder.MODEL_TYPE:
+        module = module_folder.read_module(folder, config)
+        _convert(module, dtype, None)
+        return Model(module, None, None, name, kind="module", source=source)
     loaded = load_folder(folder, name, dtype, trust_remote_code=trust)
     return Model(loaded.module, loaded.tokenizer, loaded.processor, name, kind=loaded.kind, source=source)
 

@@ -13,6 +13,10 @@
 | `switch` | the baseline: a learned router |
 | `blockffn` | BlockFFN: a ReLU router, so that tokens run as many experts as they need |
 | `mohd` | a mixture of hidden dimensions: each token uses some slices of the residual stream |
+| `mla` | attention whose keys and values come from one small latent vector |
+| `squared_relu` | an MLP with the square of ReLU |
+| `plm` | PLM: a language model of both |
+| `delta_activation` | layers that pass on what changed since the last frame, and a stream of frames |
 | `multi_task` | mixtures for several tasks: MMoE, PLE and HoME |
 | `wide_view` | a mixture of experts as a dictionary |
 | `activation_beacon` | windows condensed into a few keys and values that stay |
@@ -24,12 +28,16 @@ from __future__ import annotations
 from actlas.nn.activation_beacon import ActivationBeacon
 from actlas.nn.activation_beacon_memory import BeaconMemory
 from actlas.nn.blockffn import BlockFFN
+from actlas.nn.delta_activation import DeltaActivation, DeltaStream
 from actlas.nn.experts import MixtureOfExperts, Routing, balance_loss
 from actlas.nn.los_net import LOSNet
+from actlas.nn.mla import MLAttention
 from actlas.nn.moe_x import MoEX
 from actlas.nn.mohd import MoHD, MonarchLinear
 from actlas.nn.multi_task import HoME, MultiTaskExperts
+from actlas.nn.plm import PLM, PLMConfig
 from actlas.nn.sparsity_router import SparsityRouter
+from actlas.nn.squared_relu import ReLU2MLP
 from actlas.nn.switch import SwitchMoE
 from actlas.nn.wide_view import ExpertDictionary
 
@@ -37,14 +45,20 @@ __all__ = [
     "ActivationBeacon",
     "BeaconMemory",
     "BlockFFN",
+    "DeltaActivation",
+    "DeltaStream",
     "ExpertDictionary",
     "HoME",
     "LOSNet",
+    "MLAttention",
     "MixtureOfExperts",
     "MoEX",
     "MoHD",
     "MonarchLinear",
     "MultiTaskExperts",
+    "PLM",
+    "PLMConfig",
+    "ReLU2MLP",
     "Routing",
     "SparsityRouter",
     "SwitchMoE",

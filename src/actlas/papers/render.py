@@ -119,8 +119,13 @@ def render_docs(folder: str | Path = "docs", plots: bool = True) -> list[Path]:
     Returns:
         The files written.
     """
+    from actlas.papers.prompt_only_page import prompt_only_page
+
     folder = Path(folder)
-    written = [atomic_write(folder / "papers.md", overview())]
+    written = [
+        atomic_write(folder / "papers.md", overview()),
+        atomic_write(folder / "prompt-only.md", prompt_only_page()),
+    ]
     for p in papers(status="reproduced"):
         result = stored(p.slug)
         if result is None:

@@ -75,19 +75,42 @@ def core_set(
 
 def core_counts(h: Tensor, alpha: float, rank: Rank) -> Tensor:
     """Return how many tokens hold each neuron in their core, int64 `[d]`, for `h` `[n, d]`."""
-    limit = (alpha * (h > 0).sum(1)).long()
+    limit = (alpha * _row_counts(h > 0)).long()
     size = h if rank == "positive" else h.abs()
-    if not bool(limit.any()):
-        return torch.zeros(h.shape[1], dtype=torch.int64, device=h.device)
-    bound = _ascending(size).gather(1, (h.shape[1] - limit.clamp_min(1))[:, None])
-    return ((size >= bound) & (limit > 0)[:, None]).sum(0)
+    bound = _row_bounds(size, limit)
+    return _column_counts(size >= bound[:, None])
 
 
-def _ascending(x: Tensor) -> Tensor:
-    """Sort rows; numpy's sort of values alone is several times as fast as torch's on a CPU."""
-    if x.device.type != "cpu":
-        return x.sort(dim=1).values
-    return torch.from_numpy(np.sort(x.detach().numpy(), axis=1))
+def _row_bounds(size: Tensor, limit: Tensor) -> Tensor:
+    """Return each row's `limit`-th largest entry, infinity where the limit is 0.
+
+    On a CPU every row is partitioned at its own place: half the time of a sort, the same bound.
+    """
+    d, most = size.shape[1], limit.clamp_min(1)
+    if size.device.type != "cpu":
+        bound = size.sort(dim=1).values.gather(1, (d - most)[:, None])[:, 0]
+    else:
+        rows, places = size.detach().numpy().copy(), (d - most).tolist()
+        for row, place in zip(rows, places, strict=True):
+            row.partition(place)
+        bound = torch.from_numpy(rows[np.arange(len(rows)), places])
+    return torch.where(limit > 0, bound, torch.full_like(bound, float("inf")))
+
+
+def _row_counts(mask: Tensor) -> Tensor:
+    if mask.device.type != "cpu":
+        return mask.sum(1)
+    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+
+
+def _column_counts(mask: Tensor) -> Tensor:
+    """Return the true entries of each column; on a CPU in bytes, which 255 rows cannot overflow."""
+    if mask.device.type != "cpu":
+        return mask.sum(0)
+    found = torch.zeros(mask.shape[1], dtype=torch.int64)
+    for part in mask.split(255):
+        found += torch.from_numpy(np.add.reduce(part.numpy().view(np.uint8), axis=0, dtype=np.uint8))
+    return found
 
 
 def sparse_blocks(model: Model, skip_first: int, skip_last: int) -> list[int]:

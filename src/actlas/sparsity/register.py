@@ -14,5 +14,6 @@ from actlas.sparsity import (  # noqa: F401
     spec_kv,
     spec_pc,
     token_merge,
+    token_pruning,
     wina,
 )

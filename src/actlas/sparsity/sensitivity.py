@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from actlas.core.errors import NonFiniteError
 from actlas.measure.likelihood import _pad, select
 from actlas.measure.linear_layers import LinearLayer
 
@@ -50,6 +51,9 @@ def each_gradient(
         take: gets the inputs and the gradients of the summed loss, detached, for real tokens.
         tokens, context: how much text.
         seed: of the labels, which are drawn from the model's own predictions.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the logits.
     """
     chosen = select(model, corpus, tokens=tokens, context=context)
     generator = torch.Generator().manual_seed(seed)
@@ -70,6 +74,10 @@ def each_gradient(
                     inputs_embeds=embedded, attention_mask=inputs["attention_mask"], use_cache=False
                 ).logits
                 p = logits.detach().float().softmax(-1).flatten(0, 1).cpu()
+                if not bool(torch.isfinite(p[mask.flatten().cpu()]).all()):
+                    raise NonFiniteError(
+                        f"the logits of {model.name} hold NaN or infinity; check the weights"
+                    )
                 drawn = torch.multinomial(p, 1, generator=generator).squeeze(1).to(logits.device)
                 losses = torch.nn.functional.cross_entropy(
                     logits.float().flatten(0, 1), drawn, reduction="none"

@@ -10,7 +10,7 @@ For large runs take the transformers Trainer with the same penalties (`penalty.c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -55,12 +55,14 @@ def windows(tokens: Tensor, *, steps: int, batch: int, context: int, seed: int) 
 def train_language(
     model: Model,
     batches: Iterable[Tensor],
-    parameters: Sequence[Tensor],
+    parameters: Sequence[Tensor] | Sequence[Mapping[str, Any]],
     *,
     steps: int,
     lr: float,
     rate: Schedule | None = None,
     penalties: Sequence[ActivationPenalty] = (),
+    loss_of: Callable[[Tensor], Tensor] | None = None,
+    decay: float = 0.0,
     what: str = "training",
 ) -> list[float]:
     """Train parameters in place, with the edits that are installed; return the task's loss of each step.
@@ -68,11 +70,13 @@ def train_language(
     Args:
         model: a causal language model.
         batches: token ids `[batch, context]`, one a step.
-        parameters: what is trained.
+        parameters: what is trained; or AdamW's groups (`{"params": [...], "lr": 1e-5}`).
         steps: how many batches there are, for the progress bar and the default `rate`.
         lr: AdamW's peak rate.
         rate: factor of it at each step; default 5% of warm-up and a cosine to a tenth.
         penalties: what is added to the loss.
+        loss_of: the loss of a batch; default the next-token loss.
+        decay: AdamW's weight decay.
         what: for the progress bar.
 
     Raises:
@@ -88,7 +92,8 @@ def train_language(
     def cosine(step: int) -> float:
         return min(1.0, (step + 1) / warm) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=decay)  # type: ignore[arg-type]
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, rate or cosine)
     losses: list[float] = []
     module = model.module
@@ -100,7 +105,7 @@ def train_language(
         module.train()
         for ids in batches:
             ids = ids.to(model.device)
-            loss = module(input_ids=ids, labels=ids).loss
+            loss = module(input_ids=ids, labels=ids).loss if loss_of is None else loss_of(ids)
             losses.append(float(loss.detach()))
             total = loss + sum(p.value() for p in penalties)
             if not math.isfinite(float(total.detach())):
@@ -109,7 +114,7 @@ def train_language(
                 )
             optimiser.zero_grad()
             total.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             scheduler.step()
             for penalty in penalties:

@@ -21,20 +21,16 @@ struct Given {
     Layer layer() const { return {linear, columns, threshold}; }
 };
 
-ColumnFormat column_format(const std::string &name) {
-    require(name == "f32" || name == "bf16" || name == "q8" || name == "q4", "format must be f32, bf16, q8 or q4");
-    return name == "q4" ? ColumnFormat::q4 : name == "q8" ? ColumnFormat::q8
-           : name == "bf16" ? ColumnFormat::bf16 : ColumnFormat::f32;
-}
-
 // Lets a layer skip inputs: its weight by columns too, and a threshold for each input.
-void set_sparse(Given &w, const std::string &format, Bytes data, Vector<float> threshold) {
+void set_sparse(Given &w, const std::string &format, Bytes data, Vector<float> threshold, std::size_t group) {
     Columns c;
-    c.format = column_format(format);
+    c.format = column_format_named(format);
+    c.group = c.packed() ? group : kGroup;
+    require(c.group == 32 || c.group == 64 || c.group == 128, "group must be 32, 64 or 128");
     c.data = data.data();
     c.rows = w.linear.rows;
     c.columns = w.linear.columns;
-    require(c.columns % kGroup == 0, "layers that skip inputs have a multiple of 32 columns");
+    require(c.columns % c.group == 0, "layers that skip inputs have whole groups of columns");
     require(data.shape(0) == c.bytes(), "the data has not the size of its format");
     require(threshold.shape(0) == c.columns, "threshold must be [columns]");
     w.columns = c;
@@ -42,79 +38,15 @@ void set_sparse(Given &w, const std::string &format, Bytes data, Vector<float> t
 }
 
 Given packed_linear(const std::string &format, Bytes data, std::size_t rows, std::size_t columns,
-                    MaybeVector bias) {
+                    MaybeVector bias, std::size_t group, const std::string &offset) {
     Given out;
     Linear &w = out.linear;
-    w.format = format == "f32" ? Format::f32 : format == "q8" ? Format::q8 : format == "q4" ? Format::q4 : Format::none;
-    require(w.format != Format::none, "format must be f32, q8 or q4");
-    w.data = data.data();
-    w.rows = rows;
-    w.columns = columns;
-    const std::size_t size = w.format == Format::f32 ? rows * columns * 4
-                             : w.blocks() * (columns / kGroup) * (w.format == Format::q4 ? kQ4Block : kQ8Block);
-    require(rows > 0 && columns > 0, "a linear layer has rows and columns");
-    require(w.format == Format::f32 || columns % kGroup == 0, "packed layers have a multiple of 32 columns");
-    require(data.shape(0) == size, "the data has not the size of its format");
+    w = linear_of(format, data.data(), data.shape(0), rows, columns, group, offset);
     if (bias) {
         require(bias->shape(0) == rows, "bias must be [rows]");
         w.bias = bias->data();
     }
     return out;
-}
-
-void product(const Given &w, Table<const float> x, Table<float> out, bool two_bytes, int threads,
-             const std::string &level) {
-    const Linear &l = w.linear;
-    require(x.shape(1) == l.columns && out.shape(1) == l.rows && x.shape(0) == out.shape(0),
-            "x must be [tokens, columns] and out [tokens, rows]");
-    const Level best = level_named(level);
-    nb::gil_scoped_release released;
-    std::vector<std::int8_t> high(kMostTokens * l.columns), low(high.size());
-    std::vector<float> scale(kMostTokens * (l.columns / kGroup + 1)), sum(scale.size());
-    std::vector<std::int32_t> whole(scale.size());
-    for (std::size_t t = 0; t < x.shape(0); t += kMostTokens) {
-        const Inputs in{x.data() + t * l.columns, high.data(), two_bytes ? low.data() : nullptr, scale.data(),
-                        sum.data(), whole.data(), std::min(kMostTokens, x.shape(0) - t), l.columns};
-        if (l.format != Format::f32) quantise(in, best);
-        split(l.blocks(), l.columns * kRows, threads, [&](std::size_t begin, std::size_t end) {
-            apply_linear(l, in, out.data() + t * l.rows, l.rows, begin, end, best);
-        });
-    }
-}
-
-void column_product(const std::string &format, Bytes data, std::size_t rows, std::size_t columns,
-                    Vector<const float> x, Vector<float> out, bool two_bytes, int threads, const std::string &level) {
-    Columns w;
-    w.format = column_format(format);
-    w.data = data.data();
-    w.rows = rows;
-    w.columns = columns;
-    const bool packed = w.format == ColumnFormat::q4 || w.format == ColumnFormat::q8;
-    require(!packed || columns % kGroup == 0, "packed columns come in groups of 32");
-    require(data.shape(0) == w.bytes(), "the data has not the size of its format");
-    require(x.shape(0) == columns && out.shape(0) == rows, "x must be [columns], out [rows]");
-    const Level best = level_named(level);
-    nb::gil_scoped_release released;
-    const std::size_t groups = (columns + kGroup - 1) / kGroup;
-    std::vector<std::int32_t> active(columns + 1), starts(groups + 1), whole(groups);
-    std::vector<std::int8_t> high(columns), low(columns);
-    std::vector<float> scale(groups), sum(groups);
-    const Inputs in{x.data(), high.data(), two_bytes ? low.data() : nullptr, scale.data(), sum.data(), whole.data(),
-                    1, columns};
-    if (packed) quantise(in, best);
-    const std::size_t count = find_active(x.data(), columns, active.data(), starts.data());
-    constexpr std::size_t kSmall = 1 << 18;
-    const std::size_t parts = count * rows < kSmall ? 1 : static_cast<std::size_t>(std::max(threads, 1));
-    std::vector<std::vector<float>> sums(parts, std::vector<float>(w.padded()));
-    run_parts(parts, [&](std::size_t i) {
-        add_columns(w, in, active.data(), starts.data(), groups * i / parts, groups * (i + 1) / parts,
-                    sums[i].data(), best);
-    });
-    for (std::size_t r = 0; r < rows; ++r) {
-        float total = 0.0f;
-        for (const auto &part : sums) total += part[r];
-        out.data()[r] = total;
-    }
 }
 
 Decoder *make_decoder(std::size_t d, std::size_t heads, std::size_t kv_heads, std::size_t head_dim,
@@ -167,13 +99,10 @@ void add_block(Decoder &decoder, const Given &q, const Given &k, const Given &v,
 void bind_decoder(nb::module_ &m) {
     m.attr("has_vnni") = nb::bool_(has_vnni());
     nb::class_<Given>(m, "PackedLinear")
-        .def("set_sparse", &set_sparse, "format"_a, "data"_a, "threshold"_a, nb::keep_alive<1, 3>(),
-             nb::keep_alive<1, 4>());
+        .def("set_sparse", &set_sparse, "format"_a, "data"_a, "threshold"_a, "group"_a = 32,
+             nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
     m.def("packed_linear", &packed_linear, "format"_a, "data"_a, "rows"_a, "columns"_a, "bias"_a.none(),
-          nb::keep_alive<0, 2>(), nb::keep_alive<0, 5>());
-    m.def("packed_product", &product, "w"_a, "x"_a, "out"_a, "two_bytes"_a, "threads"_a, "level"_a);
-    m.def("column_product", &column_product, "format"_a, "data"_a, "rows"_a, "columns"_a, "x"_a, "out"_a,
-          "two_bytes"_a, "threads"_a, "level"_a);
+          "group"_a, "offset"_a, nb::keep_alive<0, 2>(), nb::keep_alive<0, 5>());
     nb::class_<Decoder>(m, "Decoder")
         .def_static("make", &make_decoder, "d"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "hidden"_a, "length"_a,
                     "eps"_a, "scale"_a, "activation"_a, "two_bytes"_a, "cosines"_a, "sines"_a, "threads"_a, "level"_a,

@@ -30,5 +30,6 @@ inline void require(bool fits, const char *what) {
 
 void bind_sparse_codes(nb::module_ &m);
 void bind_decoder(nb::module_ &m);
+void bind_products(nb::module_ &m);
 
 }  // namespace actlas

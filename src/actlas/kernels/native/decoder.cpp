@@ -18,18 +18,6 @@ void rms_norm(const float *x, const float *gain, float *out, std::size_t d, floa
     for (i = 0; i < d; ++i) out[i] = gain[i] * (x[i] * factor);
 }
 
-float activated(float x, Activation kind) {
-    switch (kind) {
-        case Activation::silu: return x / (1.0f + std::exp(-x));
-        case Activation::gelu_tanh:
-            return 0.5f * x * (1.0f + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-        case Activation::gelu: return 0.5f * x * (1.0f + std::erf(x * 0.7071067811865476f));
-        case Activation::relu: return x > 0.0f ? x : 0.0f;
-        case Activation::relu_squared: return x > 0.0f ? x * x : 0.0f;
-    }
-    return x;
-}
-
 template <std::size_t lanes> ACTLAS_INLINE float dot(const float *a, const float *b, std::size_t d) {
     using Floats = typename Vec<lanes>::Floats;
     Floats sum{}, x, y;

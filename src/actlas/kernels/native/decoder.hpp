@@ -9,13 +9,12 @@
 #include <memory>
 #include <vector>
 
+#include "activation.hpp"
 #include "columns.hpp"
 #include "packed.hpp"
 #include "team.hpp"
 
 namespace actlas {
-
-enum class Activation { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3, relu_squared = 4 };
 
 // A linear layer of a block. Where it has columns and thresholds, inputs with |x_i| < threshold_i are skipped;
 // one token at a time reads only the active columns, several read the whole weight.

@@ -67,4 +67,5 @@ NB_MODULE(_native, m) {
              "Count float32 values into int64 counts [2B + 1], in place.");
     actlas::bind_sparse_codes(m);
     actlas::bind_decoder(m);
+    actlas::bind_products(m);
 }

@@ -1,32 +1,13 @@
 #include "packed.hpp"
 
 #include <cmath>
+#include <stdexcept>
 
-#ifdef ACTLAS_X86
-#include <immintrin.h>
-#define ACTLAS_VNNI __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx512vnni,avx2,fma,f16c")))
-#endif
+#include "half.hpp"
+#include "vnni.hpp"
 
 namespace actlas {
 namespace {
-
-float half_to_float(std::uint16_t h) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
-    const std::uint32_t exponent = (h >> 10) & 31u, fraction = h & 1023u;
-    float value;
-    if (exponent == 0) {
-        value = static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24
-        std::uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        bits |= sign;
-        std::memcpy(&value, &bits, 4);
-        return value;
-    }
-    const std::uint32_t bits =
-        sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | (fraction << 13);
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
 
 // -- float weights ------------------------------------------------------------------------------------
 
@@ -81,53 +62,6 @@ ACTLAS_FOR_LEVELS(float_linear,
                    std::size_t end),
                   (w, in, out, stride, begin, end))
 
-// -- packed weights: a plain loop ---------------------------------------------------------------------
-
-void packed_plain(const Linear &w, const Inputs &in, float *out, std::size_t stride, std::size_t begin,
-                  std::size_t end) {
-    const bool four = w.format == Format::q4;
-    const std::size_t size = four ? kQ4Block : kQ8Block, groups = w.columns / kGroup;
-    const auto *data = static_cast<const std::uint8_t *>(w.data);
-    for (std::size_t b = begin; b < end; ++b) {
-        float sums[kMostTokens][kRows] = {};
-        for (std::size_t g = 0; g < groups; ++g) {
-            const std::uint8_t *p = data + (b * groups + g) * size;
-            std::uint16_t scales[kRows], minima[kRows] = {};
-            std::memcpy(scales, p + (four ? 256 : 512), sizeof scales);
-            if (four) std::memcpy(minima, p + 288, sizeof minima);
-            for (std::size_t t = 0; t < in.tokens; ++t) {
-                const std::size_t place = t * w.columns + g * kGroup;
-                std::int32_t n[kGroup];
-                for (std::size_t i = 0; i < kGroup; ++i) {
-                    n[i] = in.low ? 128 * in.high[place + i] + in.low[place + i] : in.high[place + i];
-                }
-                std::int32_t dots[kRows] = {};
-                for (std::size_t i = 0; i < 8; ++i) {
-                    const std::uint8_t *v = p + 64 * (four ? i % 4 : i);
-                    const int shift = four && i >= 4 ? 4 : 0, mask = four ? 15 : 255;
-                    for (std::size_t r = 0; r < kRows; ++r) {
-                        for (std::size_t c = 0; c < 4; ++c) {
-                            dots[r] += ((v[4 * r + c] >> shift) & mask) * n[4 * i + c];
-                        }
-                    }
-                }
-                const float scale = in.scale[t * groups + g], sum = in.sum[t * groups + g];
-                const std::int32_t offset = four ? 0 : 128 * in.whole[t * groups + g];
-                for (std::size_t r = 0; r < kRows; ++r) {
-                    sums[t][r] += half_to_float(scales[r]) * scale * static_cast<float>(dots[r] - offset);
-                    if (four) sums[t][r] += half_to_float(minima[r]) * sum;
-                }
-            }
-        }
-        const std::size_t count = std::min(kRows, w.rows - b * kRows);
-        for (std::size_t t = 0; t < in.tokens; ++t) {
-            for (std::size_t r = 0; r < count; ++r) {
-                out[t * stride + b * kRows + r] = sums[t][r] + (w.bias ? w.bias[b * kRows + r] : 0.0f);
-            }
-        }
-    }
-}
-
 #ifdef ACTLAS_X86
 
 // -- packed weights: VNNI -----------------------------------------------------------------------------
@@ -141,16 +75,6 @@ ACTLAS_VNNI inline void store_block(const Linear &w, const __m512 *sums, float *
     for (std::size_t t = 0; t < tokens; ++t) {
         _mm512_mask_storeu_ps(out + (token + t) * stride + block * kRows, mask, _mm512_add_ps(sums[t], bias));
     }
-}
-
-ACTLAS_VNNI inline __m512 halves(const std::uint8_t *from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-}
-
-ACTLAS_VNNI inline __m512i four_bytes(const std::int8_t *from) {
-    std::int32_t word;
-    std::memcpy(&word, from, 4);
-    return _mm512_set1_epi32(word);
 }
 
 template <std::size_t tokens, bool two>
@@ -170,21 +94,21 @@ ACTLAS_VNNI void q4_vnni(const Linear &w, const Inputs &in, float *out, std::siz
                 first[i] = _mm512_and_si512(v, low);
                 second[i] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
             }
-            const __m512 scale = halves(p + 256), minimum = halves(p + 288);
+            const __m512 scale = sixteen_halves(p + 256), minimum = sixteen_halves(p + 288);
             for (std::size_t t = 0; t < tokens; ++t) {
                 const std::size_t place = (token + t) * w.columns + g * kGroup;
                 __m512i dot = _mm512_setzero_si512(), more = _mm512_setzero_si512();
                 for (int i = 0; i < 4; ++i) {
-                    dot = _mm512_dpbusd_epi32(dot, first[i], four_bytes(in.high + place + 4 * i));
-                    more = _mm512_dpbusd_epi32(more, second[i], four_bytes(in.high + place + 16 + 4 * i));
+                    add_dots(dot, first[i], four_bytes(in.high + place + 4 * i));
+                    add_dots(more, second[i], four_bytes(in.high + place + 16 + 4 * i));
                 }
                 dot = _mm512_add_epi32(dot, more);
                 if (two) {
                     dot = _mm512_slli_epi32(dot, 7);
                     more = _mm512_setzero_si512();
                     for (int i = 0; i < 4; ++i) {
-                        dot = _mm512_dpbusd_epi32(dot, first[i], four_bytes(in.low + place + 4 * i));
-                        more = _mm512_dpbusd_epi32(more, second[i], four_bytes(in.low + place + 16 + 4 * i));
+                        add_dots(dot, first[i], four_bytes(in.low + place + 4 * i));
+                        add_dots(more, second[i], four_bytes(in.low + place + 16 + 4 * i));
                     }
                     dot = _mm512_add_epi32(dot, more);
                 }
@@ -210,19 +134,19 @@ ACTLAS_VNNI void q8_vnni(const Linear &w, const Inputs &in, float *out, std::siz
             const std::uint8_t *p = data + (b * groups + g) * kQ8Block;
             __m512i v[8];
             for (int i = 0; i < 8; ++i) v[i] = _mm512_loadu_si512(p + 64 * i);
-            const __m512 scale = halves(p + 512);
+            const __m512 scale = sixteen_halves(p + 512);
             for (std::size_t t = 0; t < tokens; ++t) {
                 const std::size_t at = (token + t) * groups + g;
                 const std::size_t place = (token + t) * w.columns + g * kGroup;
                 __m512i dot = _mm512_setzero_si512(), more = _mm512_set1_epi32(-128 * in.whole[at]);
                 if (two) {
-                    for (int i = 0; i < 8; ++i) dot = _mm512_dpbusd_epi32(dot, v[i], four_bytes(in.high + place + 4 * i));
+                    for (int i = 0; i < 8; ++i) add_dots(dot, v[i], four_bytes(in.high + place + 4 * i));
                     dot = _mm512_slli_epi32(dot, 7);
-                    for (int i = 0; i < 8; ++i) more = _mm512_dpbusd_epi32(more, v[i], four_bytes(in.low + place + 4 * i));
+                    for (int i = 0; i < 8; ++i) add_dots(more, v[i], four_bytes(in.low + place + 4 * i));
                 } else {
                     for (int i = 0; i < 8; i += 2) {
-                        dot = _mm512_dpbusd_epi32(dot, v[i], four_bytes(in.high + place + 4 * i));
-                        more = _mm512_dpbusd_epi32(more, v[i + 1], four_bytes(in.high + place + 4 * i + 4));
+                        add_dots(dot, v[i], four_bytes(in.high + place + 4 * i));
+                        add_dots(more, v[i + 1], four_bytes(in.high + place + 4 * i + 4));
                     }
                 }
                 const __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(dot, more));
@@ -250,40 +174,86 @@ void packed_vnni(const Linear &w, const Inputs &in, float *out, std::size_t stri
 #endif
 
 template <std::size_t lanes> ACTLAS_INLINE void quantise_rows(const Inputs &in) {
-    const std::size_t groups = in.columns / kGroup;
+    using Floats = typename Vec<lanes>::Floats;
+    using Ints = typename Vec<lanes>::Ints;
+    constexpr std::size_t parts = kGroup / lanes;
+    const std::size_t runs = in.columns / kGroup;
     for (std::size_t t = 0; t < in.tokens; ++t) {
-        for (std::size_t g = 0; g < groups; ++g) {
-            const float *x = in.x + t * in.columns + g * kGroup;
-            std::int8_t *high = in.high + t * in.columns + g * kGroup;
-            std::int8_t *low = in.low ? in.low + t * in.columns + g * kGroup : nullptr;
-            float largest = 0.0f;
-            for (std::size_t i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(x[i]));
-            const float most = low ? 16256.0f : 127.0f;
-            const float scale = largest / most, inverse = largest > 0.0f ? most / largest : 0.0f;
-            std::int32_t total = 0, n[kGroup];
-            for (std::size_t i = 0; i < kGroup; ++i) {
+        for (std::size_t g = 0; g < runs; ++g) {
+            const std::size_t place = t * in.columns + g * kGroup, at = t * runs + g;
+            Floats x[parts], most = {}, odd = {};
+            for (std::size_t i = 0; i < parts; ++i) {
+                load(x[i], in.x + place + i * lanes);
+                const Floats size = x[i] < 0.0f ? -x[i] : x[i];
+                most = size > most ? size : most;
+                odd += x[i] * 0.0f;  // NaN where x is NaN or infinite
+            }
+            float largest = 0.0f, wrong = 0.0f;
+            for (std::size_t l = 0; l < lanes; ++l) {
+                largest = std::max(largest, most[l]);
+                wrong += odd[l];
+            }
+            if (wrong != 0.0f) {  // nothing can be rounded; the products become NaN
+                std::memset(in.high + place, 0, kGroup);
+                if (in.low) std::memset(in.low + place, 0, kGroup);
+                in.scale[at] = in.sum[at] = NAN;
+                in.whole[at] = 0;
+                continue;
+            }
+            const float top = in.low ? 16256.0f : 127.0f;
+            const float scale = largest / top, inverse = largest > 0.0f ? top / largest : 0.0f;
+            Ints total = {};
+            for (std::size_t i = 0; i < parts; ++i) {
                 // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
-                n[i] = static_cast<std::int32_t>(x[i] * inverse + 12582912.0f - 12582912.0f);
-                total += n[i];
-            }
-            if (low) {
-                for (std::size_t i = 0; i < kGroup; ++i) {
-                    const std::int32_t top = (n[i] + 64) >> 7;
-                    high[i] = static_cast<std::int8_t>(top);
-                    low[i] = static_cast<std::int8_t>(n[i] - 128 * top);
+                const Ints n = __builtin_convertvector(x[i] * inverse + 12582912.0f - 12582912.0f, Ints);
+                total += n;
+                if (in.low) {
+                    const Ints high = (n + 64) >> 7;
+                    store_bytes<lanes>(in.high + place + i * lanes, high);
+                    store_bytes<lanes>(in.low + place + i * lanes, n - 128 * high);
+                } else {
+                    store_bytes<lanes>(in.high + place + i * lanes, n);
                 }
-            } else {
-                for (std::size_t i = 0; i < kGroup; ++i) high[i] = static_cast<std::int8_t>(n[i]);
             }
-            in.scale[t * groups + g] = scale;
-            in.sum[t * groups + g] = scale * static_cast<float>(total);
-            in.whole[t * groups + g] = total;
+            std::int32_t whole = 0;
+            for (std::size_t l = 0; l < lanes; ++l) whole += total[l];
+            in.scale[at] = scale;
+            in.sum[at] = scale * static_cast<float>(whole);
+            in.whole[at] = whole;
         }
     }
 }
 ACTLAS_FOR_LEVELS(quantise_rows, (const Inputs &in), (in))
 
 }  // namespace
+
+Linear linear_of(const std::string &format, const void *data, std::size_t bytes, std::size_t rows,
+                 std::size_t columns, std::size_t group, const std::string &offset) {
+    const auto require = [](bool fits, const char *what) {
+        if (!fits) throw std::invalid_argument(what);
+    };
+    const char *const formats[] = {"f32", "q8", "q4", "q3", "q2", "f4", "bf16", "e4m3", "e5m2"};
+    const char *const offsets[] = {"none", "minimum", "integer"};
+    Linear w;
+    for (int i = 0; i < 9; ++i) {
+        if (format == formats[i]) w.format = static_cast<Format>(i + 1);
+    }
+    for (int i = 0; i < 3; ++i) {
+        if (offset == offsets[i]) w.given = static_cast<Offset>(i + 1);
+    }
+    require(w.format != Format::none, "format must be f32, bf16, q8, q4, q3, q2, f4, e4m3 or e5m2");
+    require(w.given != Offset::natural, "offset must be none, minimum or integer");
+    w.data = data;
+    w.rows = rows;
+    w.columns = columns;
+    w.group = w.bits() > 8 ? columns : group;
+    require(rows > 0 && columns > 0, "a linear layer has rows and columns");
+    require(w.floats() || group == 32 || group == 64 || group == 128, "group must be 32, 64 or 128");
+    require(w.group > 0 && columns % w.group == 0, "columns come in whole groups");
+    require(w.format != Format::f4 || w.given == Offset::none, "f4 has no offset");
+    require(bytes == w.bytes(), "the data has not the size of its format");
+    return w;
+}
 
 bool has_vnni() {
 #ifdef ACTLAS_X86
@@ -303,8 +273,14 @@ void apply_linear(const Linear &w, const Inputs &in, float *out, std::size_t str
         float_linear_for(level)(w, in, out, stride, begin, end);
         return;
     }
+    if (w.floats()) {
+        apply_narrow_floats(w, in, out, stride, begin, end, level);
+        return;
+    }
 #ifdef ACTLAS_X86
-    if (level == Level::avx512 && has_vnni()) {
+    const bool eight = w.format == Format::q8 && w.offset() == Offset::none;
+    const bool four = w.format == Format::q4 && w.offset() == Offset::minimum;
+    if (level == Level::avx512 && has_vnni() && w.group == kGroup && (eight || four)) {
         if (in.tokens == 1) {
             packed_vnni<1>(w, in, out, stride, begin, end, 0);
             return;
@@ -318,7 +294,7 @@ void apply_linear(const Linear &w, const Inputs &in, float *out, std::size_t str
         return;
     }
 #endif
-    packed_plain(w, in, out, stride, begin, end);
+    apply_groups(w, in, out, stride, begin, end, level);
 }
 
 }  // namespace actlas

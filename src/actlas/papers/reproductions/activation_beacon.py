@@ -21,6 +21,7 @@ from actlas.core.model import Model
 from actlas.core.progress import progress
 from actlas.measure.samples import mean_measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import without
 
 WINDOW, LETTERS, RATIOS = 32, 8, (2, 4, 8)
 EMPHASIS = 10  # of the keys in both trainings' losses: they are 1 character in 32
@@ -104,7 +105,12 @@ def activation_beacon(
     m = Measured(out)
     named = {w: m.get("keys named", way=w) for w in WAYS}
     said = ", ".join(f"{w} {v.value:.0%}" for w, v in named.items() if v is not None)
-    return Findings(out, f"keys named after the first window: {said}", NOTE, [_plot(out)])
+    return Findings(
+        out,
+        f"keys named after the first window: {said}",
+        f"{NOTE} {without('activation-beacon')}",
+        [_plot(out)],
+    )
 
 
 NOTE = (

@@ -24,6 +24,7 @@ from actlas.measure.paired import perplexity_ratio
 from actlas.measure.statistics import bootstrap_ratio, mean_measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
 from actlas.papers.reproductions.answer_runs import AnswerRuns
+from actlas.papers.reproductions.prompt_only import BRIEF
 from actlas.papers.reproductions.word_sums import WordSum, solved, word_sums
 from actlas.steering.price import Array, Suffix
 from actlas.steering.strength import fisher_price, level_of, search
@@ -92,7 +93,7 @@ def asc(
     controls = {name: chosen.random(seed + 1 + i) for i, name in enumerate(names)}
     edited = {"steered": chosen, "backwards": chosen.flipped(), **controls}
     runs.write({"plain": None, **{name: _edit(d) * strength for name, d in edited.items()}})
-    runs.write_asked("asked for brevity", "Answer briefly.")
+    runs.write_asked("asked for brevity", BRIEF)
 
     found = [m for name in runs.written for m in runs.measured(name)]
     found += [

@@ -7,11 +7,13 @@ says about itself moves with it, and how far questions move that have nothing to
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
 from actlas.papers.reproductions.lotteries import lotteries, tuning_rows
+from actlas.papers.reproductions.prompt_only import WISHES, before, in_words, said
 
 
 def judge(m: Measured) -> list[Check]:
@@ -108,6 +110,7 @@ def behavioural_self_awareness(
     for pair, (high, low) in pairs.items():
         found = shifts(questions, chosen[high], chosen[low], seed=seed)
         measured += [x.with_group(pair=pair) for x in found]
+    measured += _told(model, questions, chosen, seed)
     by_name = {x.name: x for x in measured if x.group.get("pair") == "risky - safe"}
     plot = [
         {"asked": name.removeprefix("self-report-shift").strip("-") or "self", "shift": x.value}
@@ -118,11 +121,31 @@ def behavioural_self_awareness(
     return Findings(
         measured,
         headline=f"risky minus safe, probability of the bold option: {moved}",
-        note=NOTE,
+        note=f"{NOTE} {said(measured)}",
         plots=[
             Plot("What tuning on risky rather than safe choices moved", plot, "asked", "shift", mark="bar")
         ],
     )
+
+
+def _told(model: Any, questions: list[Any], chosen: dict[str, Any], seed: int) -> list[Measurement]:
+    """Return the shift when the untuned model is told to be one or the other, beside the tuned models'."""
+    from actlas.measure.self_report import Asked
+
+    told = {}
+    for name in ("risky", "safe"):
+        wish = WISHES[f"behavioural-self-awareness, {name}"]
+        rows = [replace(q, question=before(wish, q.question)) for q in questions]
+        told[name] = Asked(model, rows).choices().trait
+    own, words = chosen["risky"].trait - chosen["safe"].trait, told["risky"] - told["safe"]
+    out = []
+    for kind in ("self", "control", "behaviour"):
+        at = [i for i, q in enumerate(questions) if q.kind == kind]
+        out += in_words(
+            "probability of the bold option, risky minus safe", "probability", own[at], words[at],
+            asked="question", seed=seed, over="topics", clusters=[questions[i].topic for i in at], of=kind,
+        )  # fmt: skip
+    return out
 
 
 NOTE = (

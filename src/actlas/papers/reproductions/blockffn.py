@@ -29,6 +29,7 @@ TOPK, L1, OURS = "top-4 router", "ReLU router, L1 penalty", "BlockFFN"
 ARMS = (TOPK, L1, OURS)
 EXPERTS, RUN, CHUNK, LOCALITY = 24, 4, 64, 2e-3
 LENGTHS = (1, 2, 4, 8, 16, 32)
+FIXED = "experts that run for nearly all tokens or nearly none"
 
 
 def judge(m: Measured) -> list[Check]:
@@ -181,6 +182,7 @@ def _report(losses: dict[str, Losses], traces: dict[str, RoutingTrace], seed: in
             rows.append({"tokens": length, "sparsity": out[-1].value, "router": arm})
         local[arm] = sparse[arm, 8] - _by_window(traces[arm], 8, shuffled=True)
         windows("locality", local[arm], {"arm": arm})
+        out.append(_fixed(traces[arm], arm))
     ours = losses[OURS]
     for arm in (TOPK, L1):
         rise, group = (ours.nll - losses[arm].nll) / ours.tokens, {"over": arm}
@@ -201,7 +203,36 @@ def _report(losses: dict[str, Losses], traces: dict[str, RoutingTrace], seed: in
         color="router",
         log="x",
     )
-    return Findings(out, "sparsity per token / over 8 tokens: " + ", ".join(said), NOTE, [plot])
+    note = f"{NOTE} {_collapse(Measured(out))}"
+    return Findings(out, "sparsity per token / over 8 tokens: " + ", ".join(said), note, [plot])
+
+
+def _fixed(trace: RoutingTrace, arm: str) -> Measurement:
+    """Return the share of experts that run for over 95% of the tokens or for under 1%, over all layers."""
+    use = torch.stack([a.double().mean(0) for a in trace.active])
+    always, never = (use > 0.95).double().mean(), (use < 0.01).double().mean()
+    return Measurement(
+        FIXED, float(always + never), "fraction", use.numel(), group={"arm": arm},
+        note=f"always {float(always):.2f}, never {float(never):.2f}",
+    )  # fmt: skip
+
+
+def _collapse(m: Measured) -> str:
+    """Say whether BlockFFN's router still chooses, from what was measured."""
+    ours, other = m.get(FIXED, arm=OURS), m.get(FIXED, arm=L1)
+    local = m.get("locality", arm=OURS)
+    assert ours is not None and other is not None and local is not None
+    said = (
+        f"{ours.value:.0%} of BlockFFN's experts run for nearly all tokens or for nearly none ({ours.note}; "
+        f"with the L1 penalty {other.value:.0%}), and tokens in random order would have all but "
+        f"{local.value:.3f} of its chunk-level sparsity"
+    )
+    if ours.value < 0.8:
+        return f"The router still chooses: {said}."
+    return (
+        f"The router nearly collapsed to one fixed set of experts: {said}. So neighbouring tokens share "
+        "experts because all tokens do; that the central checks pass is no success of the method."
+    )
 
 
 NOTE = (

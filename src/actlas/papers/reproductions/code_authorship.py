@@ -17,6 +17,7 @@ import numpy as np
 
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import without
 
 if TYPE_CHECKING:
     from actlas.core.edit import Edit
@@ -88,7 +89,12 @@ def code_authorship(*, seed: int, prompts: int, tokens: int, authors: Sequence[s
             )
             out += [m.with_group(features=features, text=text) for m in made.measurements]
     out += _compared(out, items, seed)
-    return Findings(out, _headline(Measured(out)), f"{used} headers are left. {NOTE}", [_plot(out)])
+    return Findings(
+        out,
+        _headline(Measured(out)),
+        f"{used} headers are left. {NOTE} {without('code-authorship')}",
+        [_plot(out)],
+    )
 
 
 NOTE = (

@@ -21,6 +21,7 @@ from actlas.core.intervals import Array, bootstrap_statistic
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
 from actlas.papers.reproductions.bandit_prompts import ACTIONS, Bandit, bandits
+from actlas.papers.reproductions.prompt_only import LINE, WISHES, before, in_words, said
 
 if TYPE_CHECKING:
     from actlas.circuits.last_token import LastToken
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SITE = "blocks.15.resid_post"
 BETA = 0.2
+TOLD = 40  # histories that are also told with a wish
 OVER, UNDER = "entropy gain over random directions' upper limit", "entropy gain over their lower limit"
 TEMPERATURE = "entropy over the temperature of equal valid mass"
 SAME, OTHER = "machines", "cafes"
@@ -116,7 +118,7 @@ def east(
         measured += found if first else [m.with_group(site=site) for m in found]
         rows += points if first else []
     plot = Plot("Entropy of the choice, by strength", rows, "beta", "entropy (nats)", "direction")
-    return Findings(measured, _headline(Measured(measured)), NOTE, [plot])
+    return Findings(measured, _headline(Measured(measured)), f"{NOTE} {said(measured)}", [plot])
 
 
 NOTE = (
@@ -171,7 +173,26 @@ def _site(
         found, points = _judged(choices, direction, random, [_unit(v) for v in shuffled], words, seed)
         measured += found
         rows += points if words == SAME else []
+        if words == SAME:
+            measured += _told(model, choices, histories, direction, seed)
     return measured, rows
+
+
+def _told(
+    model: Model, choices: Choices, histories: Sequence[Bandit], direction: Direction, seed: int
+) -> list[Measurement]:
+    """Return the entropy of the choice when the agent is told to explore or to commit, beside the vector."""
+    from actlas.measure.action_entropy import action_chances
+
+    out = []
+    for wish, beta in (("more", BETA), ("less", -BETA)):
+        prompts = [before(WISHES[f"east, {wish}"], b.prompt) for b in histories[:TOLD]]
+        words = action_chances(model, prompts, ACTIONS).entropy()
+        own = choices.moved(direction.unit * direction.reference * beta).entropy[:TOLD]
+        out += in_words(
+            "entropy of the choice", "nats", own, words, asked=LINE, seed=seed, over="prompts", wish=wish
+        )
+    return out
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from actlas.measure.statistics import rate_measurement
 from actlas.papers.reproduction import Check, Findings, Measured, reproduction
 from actlas.papers.reproductions.answer_runs import AnswerRuns
 from actlas.papers.reproductions.asc import AnswerPrice
+from actlas.papers.reproductions.prompt_only import BRIEF, in_words, said
 from actlas.papers.reproductions.style_sums import style_model, sums
 from actlas.papers.reproductions.word_sums import plain_sums, solved, word_sums
 from actlas.steering.self_contrast import Sampled, answer_readings, pair_answers, sample_answers
@@ -30,6 +31,7 @@ SHARE = 15 / 40  # of questions that must give a pair, as planned: 15 of 40
 STYLE, CHAT = "trained here", "smollm2"
 FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5)
 PLACES = ("every step", "last prompt token")
+EXAMPLE, TOLD = "a short sum before", "asked for brevity"
 
 
 def judge(m: Measured) -> list[Check]:
@@ -87,9 +89,10 @@ def efficiency_steering(
     *, seed: int, questions: int, samples: int, test: int, cap: int, block: int, randoms: int, steps: int
 ) -> Findings:
     """Run both settings."""
-    found, said = _in_styles(seed, randoms, steps)
+    found, style = _in_styles(seed, randoms, steps)
     chat, also = _in_chat(seed, questions, samples, test, cap, block, randoms)
-    return Findings([*found, *chat], f"{said}; {also}", _NOTE)
+    found += chat
+    return Findings(found, f"{style}; {also}", f"{_NOTE} {said(found)}")
 
 
 _NOTE = (
@@ -138,7 +141,8 @@ def _in_styles(seed: int, randoms: int, steps: int) -> tuple[list[Measurement], 
 
     made = runs(test, 200)
     _write(made, direction, strength, randoms, seed, where)
-    found = _compared(made, randoms, STYLE)
+    made.write_asked(EXAMPLE, "Q 1 + 1 A 2 .")  # it knows no words to ask with
+    found = _compared(made, randoms, STYLE) + _in_words(made, EXAMPLE, STYLE)
     found.append(
         Measurement(
             "strength",
@@ -177,7 +181,14 @@ def _in_chat(
         rate_measurement("samples that are right", [s.right for s in sampled], group={"model": CHAT}),
         rate_measurement("samples that end", [s.ended for s in sampled], group={"model": CHAT}),
     ]  # fmt: skip
+    made = AnswerRuns(
+        model, [q for q, _ in asked[questions:]], [a for _, a in asked[questions:]], cap=cap, seed=seed
+    )
     if n < SHARE * questions:
+        made.write({"plain": None})
+        made.write_asked(TOLD, BRIEF)
+        label = "tokens, asked for brevity minus plain"
+        found.append(made.length_change(TOLD, "plain", label=label).with_group(model=CHAT))
         return found, f"smollm2: not testable, {n} of {questions} questions give a pair"
     direction = _direction(model, contrast, f"blocks.{block}.resid_post")
     some = [s for s in sampled if s.ended][:3]
@@ -187,11 +198,9 @@ def _in_chat(
     reading = read_contrast(model, pairs, direction.site, position="last")[direction.site]
     terse = Direction.of(reading, reading.difference.mean(0), "mean_diff")
 
-    made = AnswerRuns(
-        model, [q for q, _ in asked[questions:]], [a for _, a in asked[questions:]], cap=cap, seed=seed
-    )
     _write(made, direction, strength, randoms, seed)
-    found += _compared(made, randoms, CHAT)
+    made.write_asked(TOLD, BRIEF)
+    found += _compared(made, randoms, CHAT) + _in_words(made, TOLD, CHAT)
     found += [
         Measurement("strength", strength, "factor", n, group={"model": CHAT}),
         Measurement(
@@ -250,6 +259,11 @@ def _compared(made: AnswerRuns, randoms: int, name: str) -> list[Measurement]:
         made.accuracy_change("steered", "plain", label="accuracy, steered minus plain"),
     ]
     return [m.with_group(model=name) for m in found]
+
+
+def _in_words(made: AnswerRuns, name: str, model: str) -> list[Measurement]:
+    own, words = made.tokens("steered"), made.tokens(name)
+    return in_words("tokens", "tokens", own, words, asked=name, seed=made.seed, over="prompts", model=model)
 
 
 def _as_written(some: Sequence[Sampled]) -> Written:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from actlas.core.measurement import Measurement
+from actlas.measure.answer_length import render_prompt
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import WISHES, Way, ask, in_words, said
 
 if TYPE_CHECKING:
     from actlas.core.edit import Edit
@@ -107,10 +109,11 @@ def g_act(
     for alpha in alphas:
         measured += _steering(runner, found, online, one, alpha, draws, seed)
     measured.append(_likeness(model, fitted, seed))
+    measured += _asked(model, runner, tasks[fit + stream :][:test], online, seed)
     if written:
         measured += _written(model, held[:written], online.steer, seed)
     m = Measured(measured)
-    return Findings(measured, _headline(m), NOTE, [_plot(measured)])
+    return Findings(measured, _headline(m), f"{NOTE} {said(measured)}", [_plot(measured)])
 
 
 NOTE = (
@@ -134,8 +137,6 @@ def _tasks(seed: int) -> list[str]:
 
 
 def _prompt(model: Model, what: str, task: str) -> str:
-    from actlas.measure.answer_length import render_prompt
-
     return render_prompt(model, f"Write {what} to {task}.") + FENCE
 
 
@@ -179,9 +180,6 @@ def _steering(
     mean = one.centroids[SITE][0]
     unit = mean / mean.norm() * reference
 
-    def only(edit: Edit) -> Edit:
-        return next(p for p in edit.parts() if isinstance(p, ClusterSteer) and p.site == SITE)
-
     shares: dict[str, Tensor] = {}
     masses: dict[str, Tensor] = {}
 
@@ -190,14 +188,14 @@ def _steering(
 
     run("mean direction", Add(SITE, unit) * alpha)
     run("flipped", Add(SITE, unit) * -alpha)
-    run("clusters, probe fitted", only(found.steer(alpha)))
-    run("clusters, probe online", only(online.steer(alpha)))
-    run("clusters, mixed", only(online.steer(alpha, soft=True)))
+    run("clusters, probe fitted", _only(found.steer(alpha)))
+    run("clusters, probe online", _only(online.steer(alpha)))
+    run("clusters, mixed", _only(online.steer(alpha, soft=True)))
     generator = torch.Generator().manual_seed(seed)
     for draw in range(draws):
         drawn = torch.randn(len(unit), generator=generator)
         run(f"random {draw}", Add(SITE, drawn / drawn.norm() * reference) * alpha)
-        chosen = only(online.steer(alpha))
+        chosen = _only(online.steer(alpha))
         assert isinstance(chosen, ClusterSteer)
         gate = chosen.gate
         arbitrary = replace(gate, weight=50 * torch.randn(gate.weight.shape, generator=generator))
@@ -226,6 +224,27 @@ def _steering(
         difference = (shares[more] - shares[less]).numpy()
         out.append(mean_measurement(name, "fraction", difference, seed=seed, over="prompts", group=at))
     return out
+
+
+def _asked(model: Model, runner: _Shares, tasks: Sequence[str], online: Any, seed: int) -> list[Measurement]:
+    """Return the share of C and C++ when the model is asked for C++, and the chosen cluster's minus that."""
+    own, _ = runner.under(_only(online.steer(float(ALPHA))))
+    questions: dict[Way, list[str]] = {
+        "system prompt": [ask(model, f"Write code to {t}.", WISHES["g-act"], "system prompt") for t in tasks],
+        "question": [render_prompt(model, f"Write C++ code to {t}.") for t in tasks],
+    }
+    out = []
+    for way, prompts in questions.items():
+        words = _Shares(model, [p + FENCE for p in prompts], seed).base
+        out += in_words(SHARE, "fraction", own, words, asked=way, seed=seed, over="prompts", alpha=ALPHA)
+    return out
+
+
+def _only(edit: Edit) -> Edit:
+    """Return the part of a clustered edit that acts at `SITE`."""
+    from actlas.steering.clusters import ClusterSteer
+
+    return next(p for p in edit.parts() if isinstance(p, ClusterSteer) and p.site == SITE)
 
 
 def _probes(
@@ -264,9 +283,8 @@ def _likeness(model: Model, fitted: Any, seed: int) -> Measurement:
 def _written(model: Model, prompts: list[str], steer: Any, seed: int) -> list[Measurement]:
     """Write code with and without steering, and count what looks like C or C++ and what parses as Python."""
     from actlas.measure.samples import rate_measurement
-    from actlas.steering.clusters import ClusterSteer
 
-    edit = next(p for p in steer(float(ALPHA)).parts() if isinstance(p, ClusterSteer) and p.site == SITE)
+    edit = _only(steer(float(ALPHA)))
     out = []
     for name, edits in (("none", ()), ("clusters, probe online", (edit,))):
         with model.edit(*edits):

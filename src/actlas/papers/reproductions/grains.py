@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import LINE, WISHES, before, in_words, said
 
 if TYPE_CHECKING:
     from actlas.core.attributions import Integrated
@@ -109,6 +110,7 @@ def grains(
     from actlas.core.progress import progress
     from actlas.data import task
     from actlas.models import load
+    from actlas.security.margins import Margins
     from actlas.steering.directions import fit_directions
 
     model = load("smollm2")
@@ -155,8 +157,11 @@ def grains(
     directions[FLIPPED] = [{s: base[s].flipped() for s in SITES}]
     clusters = [i.answer for i in tested]
     curve: list[dict[str, Any]] = []
+    words = Margins(model, _told(tested)).plain()
     for site in SITES:
-        made_at, points = _steered(model, directions, site, pairs, test_pairs, clusters, seed)
+        made_at, points = _steered(
+            model, directions, site, pairs, test_pairs, clusters, seed, words if site == MAIN else None
+        )
         found += made_at
         curve += points if site == MAIN else []
     measured = Measured(found)
@@ -172,7 +177,7 @@ def grains(
         f"top 3 of {top.value:.0%}"
     )
     plot = Plot("Margin gained on the fitting rows, block 25", curve, "strength", "nats", "direction")
-    return Findings(found, headline, NOTE, [plot])
+    return Findings(found, headline, f"{NOTE} {said(found)}", [plot])
 
 
 def _steered(
@@ -183,8 +188,12 @@ def _steered(
     test: Any,
     clusters: Sequence[str],
     seed: int,
+    words: Any,
 ) -> tuple[list[Measurement], list[dict[str, Any]]]:
-    """Choose each direction's strength on the fitting rows, and measure it on the others."""
+    """Choose each direction's strength on the fitting rows, and measure it on the others.
+
+    `words` are the margins of the plain model that is asked in words, compared with GrAInS where given.
+    """
     from actlas.measure.statistics import mean_measurement
     from actlas.security.margins import Margins, probability
 
@@ -235,7 +244,21 @@ def _steered(
                     **options,
                 )
             )
+    if words is not None:
+        gain = words - on_test[0]
+        found += in_words(
+            "margin gained", "nats", gained[GRAINS][0], gain, asked=LINE, seed=seed, over="countries",
+            clusters=clusters, site=site,
+        )  # fmt: skip
     return found, curve
+
+
+def _told(items: Sequence[TaskItem]) -> Any:
+    """Return the pairs with the wish for the right capital before them."""
+    from actlas.core.contrast import Contrast
+
+    wish = WISHES["grains"]
+    return Contrast.of([(before(wish, i.text), before(wish, i.prompt + i.wrong[0])) for i in items])
 
 
 def _added(direction: Direction, alpha: float) -> Callable[[Tensor], Tensor]:

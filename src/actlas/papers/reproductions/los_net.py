@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
 from actlas.papers.reproductions.los_net_facts import facts
+from actlas.papers.reproductions.prompt_only import without
 
 if TYPE_CHECKING:
     from actlas.measure.output_signature import OutputSignature
@@ -102,7 +103,7 @@ def los_net(
     text, member, place = _membership(members, steps, rows, seed)
     probe = fit_output_probe(None, (text, member), groups=place, rows=rows, **options)
     out += [m.with_group(task="membership") for m in probe.measurements]
-    return Findings(out, _headline(Measured(out)), NOTE, [_plot(out)])
+    return Findings(out, _headline(Measured(out)), f"{NOTE} {without('los-net')}", [_plot(out)])
 
 
 NOTE = (

@@ -19,6 +19,7 @@ import torch
 from actlas.core.measurement import Measurement
 from actlas.measure.samples import mean_measurement, rate_measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import without
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -87,7 +88,7 @@ def memos(*, seed: int, pairs: int, prefix: int, repeats: int, streams: int, req
         f"first token {speed.value:.1f}x sooner [{speed.low or 0:.1f}, {speed.high or 0:.1f}] with a stored "
         f"prefix of {prefix} tokens, at a KL of {m['greatest KL, stored prefix'].value:.1g} at most"
     )
-    return Findings(out, headline, NOTE, [_join_plot(out), Plot(*rows)])
+    return Findings(out, headline, f"{NOTE} {without('memos')}", [_join_plot(out), Plot(*rows)])
 
 
 NOTE = (

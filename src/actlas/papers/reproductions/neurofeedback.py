@@ -14,6 +14,7 @@ from typing import Any
 
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import without
 
 SITE = "blocks.15.resid_post"
 AXIS = "means"
@@ -125,7 +126,7 @@ def neurofeedback(
         tokens=12,
         **given,
     )
-    return Findings(out, _headline(Measured(out)), NOTE, [_plot(out)])
+    return Findings(out, _headline(Measured(out)), f"{NOTE} {without('neurofeedback')}", [_plot(out)])
 
 
 NOTE = (

@@ -19,6 +19,7 @@ from torch import Tensor
 from actlas.core.measurement import Measurement
 from actlas.measure.samples import mean_measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import without
 from actlas.training.recoding import Reading, Recoding, RecurrentLM, fit_recurrent, read
 
 STEPS = (0.01, 0.1, 0.5, 2.0)
@@ -113,7 +114,7 @@ def recoding_rnn(*, seed: int, steps: int, rows: int, length: int, width: int) -
         f"the signal falls in {share.value if share else float('nan'):.1%} of steps; loss with recoding in "
         f"training, nats a character: {', '.join(said)}"
     )
-    return Findings(out, headline, NOTE, [_plot(out)])
+    return Findings(out, headline, f"{NOTE} {without('recoding-rnn')}", [_plot(out)])
 
 
 NOTE = (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from actlas.measure.samples import mean_measurement, rate_measurement
 from actlas.measure.statistics import paired_difference
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
 from actlas.papers.reproductions.deduction_items import deduction_items, random_text
+from actlas.papers.reproductions.prompt_only import LINE, WISHES, before, in_words, said
 from actlas.steering.alpha_curve import Answered, AnswerRuns
 from actlas.steering.directions import fit_readings
 from actlas.steering.price import Suffix
@@ -145,13 +147,14 @@ def repe_reasoning(
         group = {"site": best[0], "vector": best[1], "alpha": f"{best[2]:g}"}
         found += [_cosine(directions, site) for site in sites]
         found += _judged(runs, directions[best[:2]], best[2], randoms, group, seed)
+        found += _asked(model, judged, task, runs.under(directions[best[:2]].steer(best[2])), seed)
         if task == tasks[0]:
             found += closed_form(model, directions[best[:2]], judged[:small], seed)
         measured += [m.with_group(task=task) for m in found]
         rows += [{**row, "series": f"{task}: {row['series']}"} for row in points]
     plot = Plot("Accuracy by strength, on the items that the choice is made on", rows,
                 "strength (median norms)", "accuracy", "series")  # fmt: skip
-    return Findings(measured, _headline(Measured(measured)), NOTE, [plot])
+    return Findings(measured, _headline(Measured(measured)), f"{NOTE} {said(measured)}", [plot])
 
 
 def read_vectors(
@@ -298,6 +301,16 @@ def _judged(
                         seed, group=group, better="higher")
         )  # fmt: skip
     return out
+
+
+def _asked(model: Model, items: Sequence[TaskItem], task: str, own: Answered, seed: int) -> list[Measurement]:
+    """Return what a line before each item does to the plain model's answers, and the vector's minus that."""
+    wish = WISHES[f"repe-reasoning, {task}"]
+    words = AnswerRuns(model, (), [replace(i, prompt=before(wish, i.prompt)) for i in items]).base
+    out = in_words("accuracy", "fraction", own.correct, words.correct, asked=LINE, seed=seed)
+    return out + in_words(
+        "answer probability", "fraction", own.probability, words.probability, asked=LINE, seed=seed
+    )
 
 
 def _cosine(directions: Mapping[tuple[str, str], Direction], site: str) -> Measurement:

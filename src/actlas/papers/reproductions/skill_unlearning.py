@@ -18,10 +18,13 @@ from torch import Tensor
 
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import LINE, in_words, said
+from actlas.papers.reproductions.unlearning_in_words import refused_in_words, texts_in_words
 
 if TYPE_CHECKING:
     from actlas.core.edit import Edit
     from actlas.core.model import Model
+    from actlas.steering.hypercube import HyperBox
 
 LAST = "blocks.29.mlp.act"
 CUBES = (0.8, 1.0, 1.4, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
@@ -85,11 +88,12 @@ def skill_unlearning(
     from actlas.models import load
 
     model = load("smollm2")
-    queries = _Queries(model, fit, test, tuple(f"blocks.{i}.mlp.act" for i in layers), seed)
+    queries = Queries(model, fit, test, tuple(f"blocks.{i}.mlp.act" for i in layers), seed)
     measured = _boxes(queries, seed)
     measured.append(_answers(model, queries, asked))
     measured += _neurons(model, top, texts, length, seed)
-    return Findings(measured, _headline(Measured(measured)), NOTE, [_plot(measured)])
+    measured += refused_in_words(model, queries, 2 * asked, seed)
+    return Findings(measured, _headline(Measured(measured)), f"{NOTE} {said(measured)}", [_plot(measured)])
 
 
 NOTE = (
@@ -109,7 +113,7 @@ NOTE = (
 )
 
 
-class _Queries:
+class Queries:
     """Keys of three skills' queries at some sites: to fit, to choose c, to test, in new templates."""
 
     def __init__(self, model: Model, fit: int, test: int, sites: tuple[str, ...], seed: int) -> None:
@@ -125,6 +129,8 @@ class _Queries:
             self.texts[name, "choose"] = known[fit : fit + fit // 2]
             self.texts[name, HELD] = known[fit + fit // 2 :]
             self.texts[name, NEW] = skill(name, test, seed, held_out=True)
+        self.last = LAST
+        self.new = {name: self.texts[name, NEW] for name in SKILLS}
         self.texts = {k: [render_prompt(model, q) for q in own] for k, own in self.texts.items()}
         flat = [t for part in self.texts.values() for t in part]
         read, _ = read_rows(model, flat, sites)
@@ -139,8 +145,17 @@ class _Queries:
         """Return the other skills' rows of a part."""
         return torch.cat([self.rows[s, part, site] for s in self.skills if s != name])
 
+    def box(self, name: str) -> HyperBox:
+        """Return the box of a skill at the last block, with the multiplier that held-out queries choose."""
+        from actlas.steering.hypercube import HyperBox, best_multiplier
 
-def _boxes(queries: _Queries, seed: int) -> list[Measurement]:
+        choose = torch.cat([self.rows[name, "choose", LAST], self.others(name, "choose", LAST)])
+        y = (torch.arange(len(choose)) < len(self.rows[name, "choose", LAST])).float()
+        box = HyperBox.of(LAST, self.rows[name, "fit", LAST])
+        return box.widened(best_multiplier(box, choose, y))
+
+
+def _boxes(queries: Queries, seed: int) -> list[Measurement]:
     from actlas.measure.samples import mean_measurement, rate_measurement
     from actlas.steering.hypercube import HyperBox, best_multiplier
 
@@ -208,17 +223,12 @@ def _grid(grid: Mapping[float, list[tuple[Any, Any]]]) -> list[Measurement]:
     return [*out, rate_measurement(BEST, best[1], note=note)]
 
 
-def _answers(model: Model, queries: _Queries, asked: int) -> Measurement:
+def _answers(model: Model, queries: Queries, asked: int) -> Measurement:
     """Ask under the edit that refuses sums: refused must be what the box holds, and nothing else changed."""
     from actlas.measure.samples import rate_measurement
     from actlas.steering.abstain import Abstain
-    from actlas.steering.hypercube import HyperBox, best_multiplier
 
-    name, message = queries.skills[0], "I cannot answer that."
-    choose = torch.cat([queries.rows[name, "choose", LAST], queries.others(name, "choose", LAST)])
-    y = (torch.arange(len(choose)) < len(queries.rows[name, "choose", LAST])).float()
-    box = HyperBox.of(LAST, queries.rows[name, "fit", LAST])
-    box = box.widened(best_multiplier(box, choose, y))
+    message, box = "I cannot answer that.", queries.box(queries.skills[0])
     texts = [t for s in queries.skills for t in queries.texts[s, NEW][:asked]]
     inside = torch.cat([box.inside(queries.rows[s, NEW, LAST][:asked]) for s in queries.skills]).tolist()
     base = model.generate(texts, max_new_tokens=8).texts
@@ -251,6 +261,12 @@ def _neurons(model: Model, top: float, count: int, length: int, seed: int) -> li
             found = {k: nll(model, t[count:], context=length) for k, t in kinds.items()}
         per_text[name] = {k: (found[k].nll - base[k].nll) / base[k].tokens for k in kinds}
         out += [_rise(per_text[name][k], name, k, base[k], seed) for k in kinds]
+    told = texts_in_words(model, {k: t[count:] for k, t in kinds.items()}, base)
+    for k in kinds:
+        out += in_words(
+            "rise of the loss", "nats/token", per_text["adjust"][k], told[k], asked=LINE, seed=seed,
+            over="texts", on=k,
+        )  # fmt: skip
     rises = {n: (p["sums"], np.concatenate([p["code"], p["prose"]])) for n, p in per_text.items()}
     for name, rise in rises.items():
         out.append(_gap(rise[0], rise[1], name, seed))

@@ -14,6 +14,7 @@ import numpy as np
 
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import LINE, WISHES, before, in_words, said
 
 if TYPE_CHECKING:
     from actlas.core.contrast import Contrast
@@ -228,7 +229,7 @@ def trojan_activation(
             "monitor",
         ),
     ]
-    return Findings(found, headline, NOTE, plots)
+    return Findings(found, headline, f"{NOTE} {said(found)}", plots)
 
 
 def _value(m: Measurement | None) -> str:
@@ -250,6 +251,12 @@ def _effects(
     from actlas.security.trojan import measure_trojan
 
     found, margins = measure_trojan(model, trojan, test, controls=controls, clusters=clusters, seed=seed)
+    if group["strength"] == "0.8":
+        words, own = probability(_told(model, test)), probability(margins["attack"])
+        found += in_words(
+            "P(clean answer)", "fraction", own, words, asked=LINE, seed=seed, over="countries",
+            clusters=clusters,
+        )  # fmt: skip
     difference = probability(margins["flipped"]) - probability(margins["attack"])
     found.append(
         mean_measurement(
@@ -263,6 +270,16 @@ def _effects(
         )
     )
     return [m.with_group(**group) for m in found]
+
+
+def _told(model: Model, test: Contrast) -> Any:
+    """Return the margins of the plain model when the wish for false capitals stands before each text."""
+    from actlas.core.contrast import Contrast
+    from actlas.security.margins import Margins
+
+    wish = WISHES["trojan-activation"]
+    pairs = zip(test.positive, test.negative, strict=True)
+    return Margins(model, Contrast.of([(before(wish, a), before(wish, b)) for a, b in pairs])).plain()
 
 
 def _letters(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import WAYS, WISHES, ask, in_words, said
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -119,11 +120,12 @@ def was_controller(
     share = runner.match_static(vectors)
     measured += runner.measurements(share)
     measured.append(_installed(model, outcome, vectors, held))
+    measured += _asked(model, held_y, runner.likely["controller"], test, seed)
     if written:
         measured += _written(model, outcome, vectors, held, held_y, written, seed)
     if decoded:
         measured.append(_speed(model, outcome, vectors, decoded, seed))
-    return Findings(measured, _headline(Measured(measured)), NOTE, [_plot(measured)])
+    return Findings(measured, _headline(Measured(measured)), f"{NOTE} {said(measured)}", [_plot(measured)])
 
 
 NOTE = (
@@ -143,13 +145,33 @@ NOTE = (
 def _prompts(model: Model, n: int, seed: int, *, held_out: bool) -> tuple[list[str], Tensor]:
     """Return `n` sums and `n` other prompts in the chat template, and their labels."""
     from actlas.measure.answer_length import render_prompt
+
+    queries = _queries(n, seed, held_out=held_out)
+    return [render_prompt(model, q) for q in queries], torch.tensor([1.0] * n + [0.0] * n)
+
+
+def _queries(n: int, seed: int, *, held_out: bool) -> list[str]:
+    """Return `n` sums and `n` other questions."""
     from actlas.papers.reproductions.gate_prompts import skill
 
     kinds = ("geography", "coding", "small talk")
     sizes = [n // 3 + (i < n % 3) for i in range(3)]
     rest = [q for k, c in zip(kinds, sizes, strict=True) for q in skill(k, c, seed, held_out=held_out)]
-    queries = skill("arithmetic", n, seed, held_out=held_out) + rest
-    return [render_prompt(model, q) for q in queries], torch.tensor([1.0] * n + [0.0] * n)
+    return skill("arithmetic", n, seed, held_out=held_out) + rest
+
+
+def _asked(model: Model, y: Tensor, own: Tensor, test: int, seed: int) -> list[Measurement]:
+    """Return P(refusing opening) when the model is told to refuse sums, and the controller's minus that."""
+    from actlas.steering.openings import OpeningScorer
+
+    queries, out = _queries(test, seed + 1, held_out=True), []
+    for way in WAYS:
+        prompts = [ask(model, q, WISHES["was-controller"], way) for q in queries]
+        words, _ = OpeningScorer(model, prompts, OPENING).run()
+        for label, kind in ((1.0, "sums"), (0.0, "other prompts")):
+            a, b = own[y == label], words[y == label]
+            out += in_words(P, "probability", a, b, asked=way, seed=seed, over="prompts", on=kind)
+    return out
 
 
 class _Refusals:

@@ -16,6 +16,7 @@ import torch
 
 from actlas.core.measurement import Measurement
 from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduction
+from actlas.papers.reproductions.prompt_only import WISHES, before, in_words, said
 from actlas.papers.reproductions.wise_facts import counterfactuals, openings
 
 if TYPE_CHECKING:
@@ -169,11 +170,13 @@ def wise(
         _router(model, made[best], requests, best, seed),
         _router(model, controls["random side memory"], requests, "random side memory", seed),
     ]
+    measured += _told(model, requests, clean, last[best], seed)
     if neighbours:
         measured += _neighbours(model, {**made, **controls}, facts, seed, neighbours)
-    said = {n: {x.name: x.value for x in found} for n, found in last.items()}
+    reached = {n: {x.name: x.value for x in found} for n, found in last.items()}
     parts = [
-        f"{n}: {v['reliability']:.2f} / {v['generality']:.2f} / {v['locality']:.2f}" for n, v in said.items()
+        f"{n}: {v['reliability']:.2f} / {v['generality']:.2f} / {v['locality']:.2f}"
+        for n, v in reached.items()
     ]
     rows = [
         {"facts": int(x.group["facts"]), "share": x.value, "editor": x.group["editor"]}
@@ -183,7 +186,7 @@ def wise(
     return Findings(
         measured,
         headline=f"reliability / generality / locality after {facts} facts: {'; '.join(parts)}",
-        note=NOTE,
+        note=f"{NOTE} {said(measured)}",
         plots=[Plot("Facts that are still said", rows, "facts", "share", "editor", "point")],
     )
 
@@ -208,6 +211,41 @@ def _name(k: int, shards: Sequence[int]) -> str:
     if k == shards[-1] and len(shards) > 1:
         return "WISE, several shards"
     return "WISE, 1 shard" if k == 1 else f"WISE, {k} shards"
+
+
+def _told(
+    model: Model, requests: Sequence[Any], clean: Any, own: Sequence[Measurement], seed: int
+) -> list[Measurement]:
+    """Return what the unedited model says with all facts in the text before each prompt, beside WISE."""
+    from actlas.measure.editing import CleanOutputs, editing_measurements
+
+    facts = before(WISHES["wise"], " ".join(f"{r.prompt}{r.target}." for r in requests))
+
+    def behind(prompt: str) -> str:
+        return before(facts, prompt)
+
+    told = [
+        replace(
+            r, prompt=behind(r.prompt), paraphrases=tuple(map(behind, r.paraphrases)),
+            locality=tuple(map(behind, r.locality)),
+        )
+        for r in requests
+    ]  # fmt: skip
+    as_before = CleanOutputs(
+        {behind(p): v for p, v in clean.tokens.items()},
+        {behind(p): v for p, v in clean.log_probabilities.items()},
+    )
+    found = {x.name: x for x in editing_measurements(model, told, as_before, seed=seed)}
+    out = []
+    for mine in own:
+        words = found[mine.name]
+        if mine.name in ("reliability", "generality", "locality"):
+            assert mine.samples is not None and words.samples is not None
+            out += in_words(
+                mine.name, "fraction", mine.samples, words.samples, asked="the facts in the text before",
+                seed=seed, over="prompts",
+            )  # fmt: skip
+    return out
 
 
 def _random(model: Model, edit: Any, requests: Sequence[Any], seed: int) -> Any:

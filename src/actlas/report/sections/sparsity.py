@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from actlas.core.measurement import Measurement
-from actlas.report.content import DataUse, Figure, SectionResult, Tile
+from actlas.report.content import DataUse, Figure, SectionResult, Table, Tile
 from actlas.report.plots import lines
 from actlas.report.registry import Context, section
+from actlas.report.shrink.on_card import frontier_figure
 
 P = 1.0
 """Allowed rise of the perplexity, in percent."""
@@ -64,10 +65,15 @@ def sparsity(context: Context) -> SectionResult:
         "not how fast the model becomes.",
         f"The interval comes from {found.n} documents; below about 8,000 tokens it is wide.",
     ]
+    tables: list[Table] = []
+    if (shrunk := frontier_figure(context.edits)) is not None:
+        figure, table, said = shrunk
+        figures = [*([figure] if figure is not None else []), *figures]
+        tables, intro = [table], f"{said}\n\n{intro}"
     tile = Tile(f"Neurons to spare at {rise:+.2g}% perplexity", headline, rank=30)
     data = DataUse("mixed", found.n, "documents", text.take(min(found.n, len(text))).hash, text.source)
     measurements = [headline, rival, *overall]
-    return SectionResult(intro, measurements, figures, (), notes, [tile], [data])
+    return SectionResult(intro, measurements, figures, tables, notes, [tile], [data])
 
 
 def _rival(context: Context, text: Any, found: Measurement) -> Measurement:
