@@ -113,12 +113,47 @@ def _lean(weights: str) -> Callable[[], Step]:
     return setup
 
 
+def _sparse() -> Step:
+    """4-bit weights, and as many inputs skipped as 1% of perplexity allows on held-out text."""
+    from actlas.core.edit import Edit
+    from actlas.data import corpus
+    from actlas.models.decoder import FastDecoder
+    from actlas.report.shrink.quality import Judge
+    from actlas.report.shrink.skipping import Skipping
+
+    model = _model()
+    documents = list(corpus("prose", seed=0))
+    skipping = Skipping(model, documents[:60], tokens=2048, seed=0)
+    judge = Judge(model, documents[60:], tokens=2048)
+    found: tuple[float, float, Edit] | None = None
+    for level in (0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1):
+        edit = skipping.edit(level)
+        value = judge([edit]).value
+        if value <= 1.01:
+            found = level, value, edit
+            break
+    if found is None:
+        raise Unavailable("no level of sparsity keeps perplexity within 1%")
+    level, value, edit = found
+    fast = FastDecoder(model, "q4", length=512, threads=2, edits=(edit,))
+    ids = model.encode(PROMPT)["input_ids"][0].tolist()
+    run = _timed(lambda: sum(1 for _ in fast.greedy(ids, TOKENS)))
+
+    def step() -> dict[str, float]:
+        numbers = run()
+        assert numbers is not None
+        return {**numbers, "level": level, "perplexity": value, "skipped": fast.skipped}
+
+    return step
+
+
 VARIANTS: dict[str, Callable[[], Step]] = {
     "transformers, float32": _transformers,
     "torch.compile, float32, static cache": _compiled,
     "llama.cpp, 4-bit": _llama_cpp,
     "actlas, float32": _lean("f32"),
     "actlas, 4-bit": _lean("q4"),
+    "actlas, 4-bit, sparse": _sparse,
 }
 
 
@@ -140,5 +175,17 @@ def main(rounds: int) -> bool:
         figures.append(
             ratio("actlas, 4-bit, dense: time against llama.cpp", samples["actlas, 4-bit"], llama, 1 / 1.2)
         )
+        if "actlas, 4-bit, sparse" in samples:
+            sparse = samples["actlas, 4-bit, sparse"]
+            said = (
+                f"{100 * sparse['skipped'][-1]:.0f}% of inputs skipped, "
+                f"perplexity x {sparse['perplexity'][-1]:.4f}"
+            )
+            figures.append(
+                ratio("actlas, 4-bit, sparse: time against llama.cpp", sparse, llama, 1 / 1.6, said)
+            )
+            figures.append(
+                ratio("sparse against dense, 4-bit: time", sparse, samples["actlas, 4-bit"], None, said)
+            )
     title = f"Decoding {TOKENS} tokens with smollm2, batch 1, two threads"
     return report("decode", title, figures, {"samples": samples})

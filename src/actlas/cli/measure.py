@@ -33,6 +33,7 @@ app = new_app()
         "actlas measure smollm2 task-accuracy --data ioi --edit vec*4",
         "actlas measure smollm2 editing --data edits.jsonl --edit memory/",
         "actlas measure smollm2 self-report --edit tuned/",
+        "actlas measure smollm2 --suite quantization --edit rtn3/ --edit awq3/",
     )
 )
 def measure(
@@ -61,6 +62,14 @@ def measure(
     full: Annotated[
         bool, typer.Option("--full/--quick", help="More text and items: slower, narrower.")
     ] = False,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            "--suite",
+            metavar="NAME",
+            help="A set of measures that belong together, for every edit apart: quantization.",
+        ),
+    ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the measures and stop.")] = False,
     json: Json = False,
     seed: Seed = 0,
@@ -82,6 +91,9 @@ def measure(
         from actlas.measure import compare, find_measure
         from actlas.measure import measure as run
 
+        if suite is not None:
+            _suite(out, suite, model, edit, one_list(names), data, full, seed)
+            return
         wanted = one_list(names) or None
         for name in wanted or ():
             find_measure(name)
@@ -110,6 +122,41 @@ def measure(
             *(f"{name}: {', '.join(e.describe() for e in es) or 'no edit'}" for name, es in variants.items())
         )
         _show(out, compared)
+
+
+def _suite(
+    out: Output,
+    name: str,
+    model: str,
+    given: list[str] | None,
+    names: list[str],
+    data: list[str] | None,
+    full: bool,
+    seed: int,
+) -> None:
+    """Run a suite on the model and every edit apart."""
+    from actlas.cli.suites import check_suite, run_suite
+
+    check_suite(name, given)
+    if names:
+        raise InputError(f"a suite has its own measures; leave out {names[0]!r} or --suite")
+    on = _data(data, seed)
+    if on is not None and set(on) != {"corpus"}:
+        raise InputError("--data of a suite is a corpus, e.g. --data prose; its tasks are fixed")
+    loaded, edits = load_with_edits(model, given)
+    variants = dict(zip((_short(text) for text in given or ()), edits, strict=True))
+    out.document = {
+        "model": loaded.name,
+        "edits": {name: e.describe() for name, e in variants.items()},
+        "seed": seed,
+        "quick": not full,
+    }
+    out.say(*(f"{label}: {e.describe()}" for label, e in variants.items()))
+    run_suite(out, loaded, variants, None if on is None else on["corpus"], full=full, seed=seed)
+
+
+def _short(text: str) -> str:
+    return text.rstrip("/").rpartition("/")[2] or text
 
 
 def _show(out: Output, compared: Comparison) -> None:
