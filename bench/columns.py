@@ -27,6 +27,7 @@ def _setup(name: str, kind: str) -> Step:
 
     from actlas.kernels.columns import column_product, pack_columns
     from actlas.kernels.loading import native, threads
+    from actlas.kernels.memory import in_large_pages
     from actlas.kernels.packed import pack, packed_product
 
     module = native()
@@ -50,7 +51,7 @@ def _setup(name: str, kind: str) -> Step:
         rows = kind == "dense"
         packed: Any = pack(weight, format, **of) if rows else pack_columns(weight, format, **of)  # type: ignore[arg-type]
         for _ in range(max(2, MEMORY // packed.bytes + 1)):
-            copy = dataclasses.replace(packed, data=packed.data.clone())
+            copy = dataclasses.replace(packed, data=in_large_pages(packed.data.clone()))
             if rows:
                 calls.append(partial(packed_product, copy, x.unsqueeze(0)))
             elif kind == "read":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actlas.core.act_quantizer import ActQuantizer, QuantizedInput, depolish, knee_of, polish
+from actlas.core.act_quantizer import ActQuantizer
 from actlas.core.errors import InputError, NonFiniteError, ShapeError
 from actlas.core.numbers import QuantSpec, quantize
+from actlas.core.polish import depolish, knee_of, polish
 from actlas.core.quant_linear import QuantLinear
+from actlas.core.quantized_input import QuantizedInput
 from actlas.core.timestep import at_timestep, current_timestep
 
 

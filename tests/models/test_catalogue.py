@@ -61,7 +61,7 @@ def test_the_registry_lists_every_bundled_model_without_importing_torch() -> Non
         subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True).stdout
         == "False\n"
     )
-    assert list(bundled()) == ["smollm2", "minilm", "efficientnet-lite0"]
+    assert list(bundled()) == ["smollm2", "minilm", "efficientnet-lite0", "whisper-tiny"]
     for name, info in bundled().items():
         row = info.to_dict()
         assert (
@@ -165,5 +165,5 @@ def test_removing_frees_the_space_and_only_knows_bundled_names(
 def test_an_unknown_bundled_name_is_corrected() -> None:
     with pytest.raises(ModelError, match="no bundled model is called 'smolm2'; did you mean smollm2"):
         find("smolm2")
-    with pytest.raises(ModelError, match="there are smollm2, minilm, efficientnet-lite0"):
+    with pytest.raises(ModelError, match="there are smollm2, minilm, efficientnet-lite0, whisper-tiny"):
         find("zzz")

@@ -99,6 +99,22 @@ def test_kfac_is_its_trace_and_the_layer_error() -> None:
     assert kfac_losses(grouped, blocks)[1]() == pytest.approx(want, rel=1e-4)
 
 
+def test_kfac_gradient_is_that_of_the_trace() -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(40, 5), torch.randn(40, 3)
+    soft = SoftLayer(layer(3, 5), "int2-channel", search=False)
+    soft.mode = "soft"
+    soft.v.requires_grad_(True)
+    with torch.no_grad():
+        soft.v.add_(0.5 * torch.randn_like(soft.v))
+    a, f = x.T @ x / 40, g.T @ g / 40
+    loss, _ = kfac_losses(soft, a, f)
+    got = torch.autograd.grad(loss(torch.Generator()), soft.v)[0]
+    d = soft.weight - soft.matrix
+    want = torch.autograd.grad(torch.trace(f / f.diagonal().mean() @ d @ a @ d.T), soft.v)[0]
+    assert torch.allclose(got, want, rtol=1e-3, atol=1e-6)
+
+
 def test_fisher_diag_weighs_by_squared_gradients() -> None:
     a, b, g = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 1.0]])
     assert float(output_error(a, b)) == 5

@@ -30,7 +30,7 @@ def _spiky(family: str = "llama"):
     """A tiny model with planted outliers."""
     model = tiny(family)
     folding = Folding(model)
-    for slot in folding.slots.of("v_o", "norm", "up_down"):
+    for slot in folding.slots.of("v_o", "norm", "up_down"):  # those that the family has
         s = torch.ones(slot.width, dtype=torch.float64)
         s[:2] = 1 / 30
         folding.scale(slot, s)
@@ -100,10 +100,11 @@ def test_all_transforms_fold_exactly_and_online_rotations_do_too(family) -> None
     assert any(p.endswith(down[family]) for p in turned) or family == "gpt2"
 
 
-def test_what_is_trained_is_what_is_fused() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "qwen3"])
+def test_what_is_trained_is_what_is_fused(family) -> None:
     from actlas.quantize.ostquant import _loss
 
-    model = _spiky()
+    model = _spiky(family)
     made = TransformSet(model, start="hadamard")
     formats = Formats()
     windows = token_windows(model, WORDS, 24)[:4]

@@ -15,10 +15,9 @@ from actlas.training.binarize_diffusion import (
     binarize_network,
     binary_copy,
     binary_edit,
-    lowrank_mimic,
-    principal_directions,
 )
 from actlas.training.diffusion import denoising_loss, train_diffusion
+from actlas.training.feature_mimicking import lowrank_mimic, principal_directions
 
 
 def images(n: int = 64) -> torch.Tensor:

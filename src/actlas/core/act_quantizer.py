@@ -25,43 +25,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from actlas.core.errors import InputError, NonFiniteError, ShapeError
 from actlas.core.numbers import QuantSpec, lp_search, params_of, quantize
+from actlas.core.polish import depolish, knee_of, polish
 from actlas.core.swap import register_module
 from actlas.core.timestep import current_timestep
 
 _TINY = 1e-8
 _MOST = 1 << 14
-
-
-def polish(x: Tensor, knee: Tensor) -> Tensor:
-    """Return Phi(x) = sign(x) (log2(|x| + a) - log2 a) for knees a > 0 that broadcast against x."""
-    return x.sign() * torch.log2(x.abs() / knee + 1)
-
-
-def depolish(u: Tensor, knee: Tensor) -> Tensor:
-    """Return Phi^-1(u) = sign(u) a (2^|u| - 1), the inverse of `polish`."""
-    return u.sign() * knee * torch.expm1(u.abs() * _LN2)
-
-
-def knee_of(x: Float[Tensor, "channels n"], percentile: float = 95.0) -> Tensor:
-    """Return the knees a, `[channels]`: a percentile of |x| of each channel; 1 for channels that are always
-    0.
-    """
-    if not 0 < percentile <= 100:
-        raise InputError(f"the knee is a percentile above 0 and up to 100, not {percentile}")
-    size = x.detach().abs().float()
-    if size.shape[1] > _MOST:
-        size = size[:, :: size.shape[1] // _MOST + 1]
-    a = torch.quantile(size, percentile / 100, dim=1)
-    a = torch.where(a > 0, a, size.mean(1))
-    return torch.where(a > 0, a, torch.ones_like(a))
-
-
-_LN2 = 0.6931471805599453
 
 
 @register_module
@@ -315,68 +288,3 @@ class ActQuantizer(nn.Module):
 def _rounded(x: Tensor) -> Tensor:
     """Round, straight through."""
     return x + (x.round() - x).detach()
-
-
-@register_module
-class QuantizedInput(nn.Module):
-    """A layer whose input goes through an `ActQuantizer` first.
-
-    Args:
-        act: the quantiser.
-        layer: a registered module, e.g. a `QuantLinear`.
-    """
-
-    def __init__(self, act: ActQuantizer, layer: nn.Module) -> None:
-        super().__init__()
-        self.act, self.layer = act, layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight."""
-        weight: Tensor = self.layer.weight  # type: ignore[assignment]
-        return weight
-
-    @property
-    def in_features(self) -> Any:
-        """The layer's."""
-        return getattr(self.layer, "in_features", None)
-
-    @property
-    def out_features(self) -> Any:
-        """The layer's."""
-        return getattr(self.layer, "out_features", None)
-
-    @property
-    def keep_dense(self) -> bool:
-        """Whether the layer keeps its dequantised weight between calls."""
-        return bool(getattr(self.layer, "keep_dense", False))
-
-    @keep_dense.setter
-    def keep_dense(self, keep: bool) -> None:
-        self.layer.keep_dense = keep  # type: ignore[assignment]
-
-    def drop(self) -> None:
-        """Forget the dequantised weight."""
-        if hasattr(self.layer, "drop"):
-            self.layer.drop()  # type: ignore[operator]
-
-    def config(self) -> dict[str, Any]:
-        """Return what `from_config` needs."""
-        layer = {"type": type(self.layer).__name__, "config": self.layer.config()}  # type: ignore[operator]
-        return {"act": self.act.config(), "layer": layer}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> QuantizedInput:
-        """Build an empty one."""
-        from actlas.core.swap import MODULE_TYPES
-
-        kind = config["layer"]["type"]
-        if kind not in MODULE_TYPES:
-            raise InputError(f"a layer of unknown type {kind!r}; upgrade Actlas")
-        return cls(
-            ActQuantizer.from_config(config["act"]), MODULE_TYPES[kind].from_config(config["layer"]["config"])
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(self.act(x))
-        return out

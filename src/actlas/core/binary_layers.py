@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actlas.core.act_quantizer import ActQuantizer, QuantizedInput
+from actlas.core.act_quantizer import ActQuantizer
 from actlas.core.errors import InputError, NonFiniteError
 from actlas.core.layout import weight_matrix
 from actlas.core.numbers import QuantParams, QuantSpec
 from actlas.core.quant_conv import QuantConv2d, convolve
 from actlas.core.quant_linear import QuantLinear
+from actlas.core.quantized_input import QuantizedInput
 
 Start = Literal["progressive", "random"]
 

@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from actlas.kernels.loading import native, threads
+from actlas.kernels.loading import native, threads, triton_products
 
 _ROWS, _RUN = 16, 32
 
@@ -156,6 +156,9 @@ def lookup_product(w: BinaryCoded, x: Tensor, *, level: str = "best") -> Tensor:
     """
     if x.ndim != 2 or x.shape[1] != w.columns:
         raise ValueError(f"x must be [tokens, {w.columns}], not {list(x.shape)}")
+    if x.device.type == "cuda" and triton_products():
+        found: Tensor = triton_products().lookup_product(w, x)  # type: ignore[union-attr]
+        return found
     module = native()
     if module is None or x.device.type != "cpu" or w.group % _RUN:
         return lookup_product_reference(w, x)

@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from actlas.kernels.loading import native, threads
+from actlas.kernels.loading import native, threads, triton_products
+from actlas.kernels.memory import in_large_pages
 from actlas.kernels.packed import GROUP, check_weight, round_activations
 
 Format = Literal["f32", "bf16", "q8", "q4", "q2"]
@@ -95,7 +96,7 @@ def pack_columns(weight: Tensor, format: Format = "f32", *, group: int = GROUP) 
         lines = -(-w.shape[0] * dtype.itemsize // 64) | 1  # see `stride` in native/columns.hpp
         turned = torch.zeros(w.shape[1], lines * 64 // dtype.itemsize, dtype=dtype)
         turned[:, : w.shape[0]] = w.T
-        return PackedColumns(format, turned.view(torch.uint8).flatten(), *w.shape)
+        return PackedColumns(format, in_large_pages(turned.view(torch.uint8).flatten()), *w.shape)
     w = check_weight(weight, format, group)
     rows, columns = w.shape
     groups = w.view(rows, -1, group)
@@ -155,7 +156,13 @@ def pack_column_codes(
         parts.append(table.view(torch.uint8).flatten())
         halves.append(table[:, :rows].float())
     return PackedColumns(
-        format, torch.cat(parts), rows, columns, halves[0], halves[1] if minimum is not None else None, group
+        format,
+        in_large_pages(torch.cat(parts)),
+        rows,
+        columns,
+        halves[0],
+        halves[1] if minimum is not None else None,
+        group,
     )
 
 
@@ -190,6 +197,9 @@ def column_products(w: PackedColumns, x: Tensor, *, two_bytes: bool = True, leve
     """
     if x.ndim != 2 or x.shape[1] != w.columns:
         raise ValueError(f"x must be [tokens, {w.columns}], not {list(x.shape)}")
+    if x.device.type == "cuda" and triton_products():
+        found: Tensor = triton_products().column_products(w, x)  # type: ignore[union-attr]
+        return found
     module = native()
     if module is None or x.device.type != "cpu":
         return column_products_reference(w, x, two_bytes=two_bytes)

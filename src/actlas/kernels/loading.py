@@ -58,6 +58,17 @@ def cuda_kernels(*matrices: Tensor) -> ModuleType | None:
 
 
 @lru_cache(maxsize=1)
+def triton_products() -> ModuleType | None:
+    """Return the Triton products for CUDA tensors, where Triton is installed and not switched off."""
+    if os.environ.get("ACTLAS_TRITON") == "0":
+        return None
+    try:
+        return import_module("actlas.kernels.triton_products")
+    except ImportError:
+        return None
+
+
+@lru_cache(maxsize=1)
 def _triton() -> ModuleType | None:
     if os.environ.get("ACTLAS_TRITON") == "0":
         return None

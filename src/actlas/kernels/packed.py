@@ -29,7 +29,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from actlas.kernels.loading import native, threads
+from actlas.kernels.loading import native, threads, triton_products
+from actlas.kernels.memory import in_large_pages
 from actlas.kernels.packed_layout import FLOAT4, ROWS, RUN, bytes_of, codes_of, nearest_float4
 
 Format = Literal["f32", "bf16", "q8", "q4", "q3", "q2", "f4", "e4m3", "e5m2"]
@@ -144,7 +145,7 @@ def pack(
     b = None if bias is None else bias.detach().to("cpu", torch.float32).contiguous()
     if format in ("f32", "bf16"):
         w = check_weight(weight, "f32")
-        stored = w if format == "f32" else w.bfloat16()
+        stored = w if format == "f32" else in_large_pages(w.bfloat16())
         return Packed(format, stored.view(torch.uint8).flatten(), w.shape[0], w.shape[1], b)
     if format in _FLOAT8:
         group = group or (weight.shape[1] if weight.ndim == 2 else GROUP)
@@ -156,7 +157,9 @@ def pack(
         groups = w.view(rows, -1, group)
         step = groups.abs().amax(-1) / most
         codes = (groups / _nonzero(step).unsqueeze(-1)).clamp(-most, most).to(_FLOAT8[format])
-        data = torch.cat([codes.view(torch.uint8).flatten(), step.view(torch.uint8).flatten()])
+        data = in_large_pages(
+            torch.cat([codes.view(torch.uint8).flatten(), step.view(torch.uint8).flatten()])
+        )
         return Packed(format, data, rows, columns, b, group)
     group = group or GROUP
     w = check_weight(weight, format, group)
@@ -267,6 +270,9 @@ def packed_product(w: Packed, x: Tensor, *, two_bytes: bool = True, level: str =
     """
     if x.ndim != 2 or x.shape[1] != w.columns:
         raise ValueError(f"x must be [tokens, {w.columns}], not {list(x.shape)}")
+    if x.device.type == "cuda" and w.format[0] in "qf" and w.format != "f32" and triton_products():
+        found: Tensor = triton_products().packed_product(w, x)  # type: ignore[union-attr]
+        return found
     module = native()
     if module is None or x.device.type != "cpu":
         return packed_product_reference(w, x, two_bytes=two_bytes)

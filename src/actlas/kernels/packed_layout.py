@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from actlas.kernels.memory import in_large_pages
+
 ROWS, RUN = 16, 32
 #: Twice the values of the 16 codes of a float of 1 sign, 2 exponent and 1 mantissa bits.
 FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -43,7 +45,7 @@ def bytes_of(codes: Tensor, bits: int, scale: Tensor, offset: Tensor | None) -> 
             planes.append(third)
     body = torch.stack(planes, 2).view(len(q), groups, -1)
     parts = [body, *(_half_bytes(t, padding) for t in (scale, offset) if t is not None)]
-    return torch.cat(parts, -1).flatten().contiguous()
+    return in_large_pages(torch.cat(parts, -1).flatten().contiguous())
 
 
 def codes_of(

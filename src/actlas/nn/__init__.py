@@ -20,6 +20,9 @@
 | `multi_task` | mixtures for several tasks: MMoE, PLE and HoME |
 | `wide_view` | a mixture of experts as a dictionary |
 | `activation_beacon` | windows condensed into a few keys and values that stay |
+| `mixed_op` | one edge of a super-net: every operation at every bit width at once |
+| `adaptive_skip_norm` | batch norm that image restoration can bear |
+| `super_resolution` | a small super-resolution network of such edges, searched or fixed |
 | `los_net` | LOS-Net: a transformer over a model's output distributions |
 """
 
@@ -27,10 +30,12 @@ from __future__ import annotations
 
 from actlas.nn.activation_beacon import ActivationBeacon
 from actlas.nn.activation_beacon_memory import BeaconMemory
+from actlas.nn.adaptive_skip_norm import AdaptiveSkipNorm
 from actlas.nn.blockffn import BlockFFN
 from actlas.nn.delta_activation import DeltaActivation, DeltaStream
 from actlas.nn.experts import MixtureOfExperts, Routing, balance_loss
 from actlas.nn.los_net import LOSNet
+from actlas.nn.mixed_op import MixedOp, QuantizedOp
 from actlas.nn.mla import MLAttention
 from actlas.nn.moe_x import MoEX
 from actlas.nn.mohd import MoHD, MonarchLinear
@@ -38,11 +43,13 @@ from actlas.nn.multi_task import HoME, MultiTaskExperts
 from actlas.nn.plm import PLM, PLMConfig
 from actlas.nn.sparsity_router import SparsityRouter
 from actlas.nn.squared_relu import ReLU2MLP
+from actlas.nn.super_resolution import SuperResolution
 from actlas.nn.switch import SwitchMoE
 from actlas.nn.wide_view import ExpertDictionary
 
 __all__ = [
     "ActivationBeacon",
+    "AdaptiveSkipNorm",
     "BeaconMemory",
     "BlockFFN",
     "DeltaActivation",
@@ -50,17 +57,20 @@ __all__ = [
     "ExpertDictionary",
     "HoME",
     "LOSNet",
+    "MixedOp",
     "MLAttention",
     "MixtureOfExperts",
     "MoEX",
     "MoHD",
     "MonarchLinear",
     "MultiTaskExperts",
+    "QuantizedOp",
     "PLM",
     "PLMConfig",
     "ReLU2MLP",
     "Routing",
     "SparsityRouter",
+    "SuperResolution",
     "SwitchMoE",
     "balance_loss",
 ]

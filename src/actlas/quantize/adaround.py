@@ -226,8 +226,10 @@ def kfac_losses(
         d = layer.weight - layer.matrix
         if groups > 1:
             d = d.reshape(groups, -1, columns)
-        left = d if g is None else g @ d
-        return ((left @ a) * d).sum()
+        with torch.no_grad():
+            product = (d if g is None else g @ d) @ a
+        # The value is tr(G D A D^T); its gradient in D is 2 G D A, as both factors are symmetric.
+        return (product * (2 * d - d.detach())).sum()
 
     @torch.no_grad()
     def on_all() -> float:

@@ -57,7 +57,7 @@ _GROUP = 128
 )
 def fit_agile(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     weights: Literal["gptq", "none"] = "gptq",
     weight_bits: int = 4,
@@ -74,7 +74,7 @@ def fit_agile(
 
     Args:
         model: a language model with a layout and a tokenizer.
-        corpus: calibration text; what follows the calibrated part is used to measure. Default: the bundled
+        data: calibration text; what follows the calibrated part is used to measure. Default: the bundled
             prose.
         weights: GPTQ, or leave them as they are.
         weight_bits: 2 to 8.
@@ -95,7 +95,7 @@ def fit_agile(
     for name in (acts, softmax):
         if name:
             QuantSpec.parse(name)
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
     parts: list[Edit] = []
     if weights == "gptq":
         chosen = targets(model, _formats(model, weight_bits, group_size))

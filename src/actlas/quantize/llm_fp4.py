@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 )
 def fit_llm_fp4(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     formats: str | Sequence[str] = FORMATS,
     act_formats: str | Sequence[str] | None = None,
@@ -74,7 +74,7 @@ def fit_llm_fp4(
 
     Args:
         model: a model with a tokenizer.
-        corpus: calibration text; what follows the calibrated part is used to measure. Default: the bundled
+        data: calibration text; what follows the calibrated part is used to measure. Default: the bundled
             prose.
         formats: tried for weights; `"e2m1"` fixes one, `"e2m1,e1m2"` or a list gives several.
         act_formats: tried for inputs; default the same; `()` or `""` leaves inputs alone.
@@ -98,7 +98,7 @@ def fit_llm_fp4(
     if not formats:
         raise InputError("no formats were given; e.g. formats=('e3m0', 'e2m1', 'e1m2')")
     chosen = in_blocks(model, targets(model, WeightFormat(8, 0), tuple(skip)), blocks)
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
     seen = layer_inputs(
         model, chosen, texts.fit, rows=rows, tokens=texts.tokens, context=texts.context, seed=seed
     )

@@ -262,6 +262,7 @@ def _loss(
         weight = soft_round(weight, target.spec)
         values[name] = weight.T if folding._flipped(target.path) else weight
     with _rounding(root, [t.path for t in chosen], turned, formats), _plain_norms(folding):
+        values = {name: value.to(model.dtype) for name, value in values.items()}
         student = torch.func.functional_call(
             root, values, (), {"input_ids": ids, "use_cache": False}, tie_weights=False
         ).logits

@@ -148,7 +148,7 @@ def fold_channels(
 )
 def fit_outliertune(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 8,
     weight_bits: int | None = None,
@@ -166,7 +166,7 @@ def fit_outliertune(
 
     Args:
         model: a model with norms that linear layers read, and a tokenizer.
-        corpus: calibration text; what follows the calibrated part is used to measure. Default: the bundled
+        data: calibration text; what follows the calibrated part is used to measure. Default: the bundled
             prose.
         bits: of activations, 2 to 8 (8 and 6 in the paper).
         weight_bits: of weights; default the same.
@@ -186,7 +186,7 @@ def fit_outliertune(
     if attention not in ("token", "none"):
         raise InputError(f"attention is {attention!r}; it must be 'token' or 'none'")
     chosen = targets(model, WeightFormat(weight_bits or bits, group_size))
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
     found = norm_slots(model, (t.path for t in chosen))
     if not found:
         raise InputError(

@@ -244,6 +244,13 @@ def q_diffusion(
     fresh = trajectory_data(network, n_steps=min(n_steps, 10), n_per_step=min(n_per_step, 32), seed=seed + 1)
     made = edit.with_measurements([noise_error(soft.network, network, fresh, seed=seed)])
     assert isinstance(made, QuantEdit)
+    return bound(made, model)
+
+
+def bound(edit: QuantEdit, model: Model | nn.Module) -> QuantEdit:
+    """Return the edit, marked as made for a model where one is given (and not a bare module)."""
+    made = edit if isinstance(model, nn.Module) else edit.bind(model.fingerprint)
+    assert isinstance(made, QuantEdit)
     return made
 
 
@@ -257,7 +264,7 @@ def noise_error(student: nn.Module, teacher: nn.Module, data: Trajectory, *, see
         want = teacher(x, t)
         errors.append((student(x, t) - want).square().flatten(1).mean(1).double())
         powers.append(want.square().flatten(1).mean(1).double())
-    error = torch.stack(errors).mean(0) / torch.stack(powers).mean()
+    error = torch.stack(errors).mean(0) / torch.stack(powers).mean().clamp_min(1e-30)
     return mean_measurement(
         "relative noise error", "fraction", error.numpy(), seed=seed, over="trajectories", better="lower"
     )

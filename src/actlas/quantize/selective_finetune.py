@@ -34,7 +34,7 @@ from actlas.core.measurement import Measurement
 from actlas.core.methods import method
 from actlas.core.progress import progress
 from actlas.core.quant_edit import QuantEdit
-from actlas.quantize.q_diffusion import noise_error, q_diffusion_network
+from actlas.quantize.q_diffusion import bound, noise_error, q_diffusion_network
 from actlas.quantize.sensitive_layers import site_sensitivity, time_layers
 from actlas.quantize.soft_network import SoftNetwork, freeze, scale_groups
 from actlas.quantize.trajectory import Trajectory, diffusion_network, trajectory_data
@@ -282,4 +282,4 @@ def quest_diffusion(
     ]
     made = soft.export("quest-diffusion", f"W{w_bits}A{a_bits}").with_measurements(found)
     assert isinstance(made, QuantEdit)
-    return made
+    return bound(made, model)

@@ -150,7 +150,7 @@ class PruningRun:
         score, self._score = self._score, None
         before = self.kept
         real = self.real if before is None else self.real.gather(1, before)
-        gone = (self.count.double() * self.edit.schedule[i]).floor().long()
+        gone = (self.count.double() * self.edit.schedule[i] + 1e-6).floor().long()
         gone = torch.minimum(gone, (self.count - 2).clamp_min(0)) - (self.count - real.sum(1))
         if not bool((gone > 0).any()):
             return hidden

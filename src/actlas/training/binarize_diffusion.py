@@ -35,11 +35,18 @@ from actlas.core.diffusion import NoiseSchedule, ddim_sample, predict_noise
 from actlas.core.errors import InputError, ModelError, NonFiniteError
 from actlas.core.measurement import Measurement
 from actlas.core.methods import method
-from actlas.core.network_blocks import Call, blocks_of, first_tensor, is_layer, layers_of, observe, put
+from actlas.core.network_blocks import Call, blocks_of, is_layer, layers_of, observe, put
 from actlas.core.progress import progress
 from actlas.core.quant_edit import QuantEdit
 from actlas.measure.samples import mean_measurement
 from actlas.training.diffusion import check_images, denoising_loss, schedule_of
+from actlas.training.feature_mimicking import (
+    channels_last,
+    lowrank_mimic,
+    principal_directions,
+    unwatch,
+    watched,
+)
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -91,42 +98,6 @@ def binary_copy(
         raise InputError(f"{type(network).__name__} has no layer between its first and last ones to binarise")
     put(made, binary)
     return made, binary
-
-
-def principal_directions(features: Tensor, rank: int | None = None, axis: str = "channel") -> Tensor:
-    """Return orthonormal leading principal directions of features, `[size of the axis, rank]`.
-
-    Args:
-        features: `[batch, channels, height, width]`, or `[..., channels]` with up to three axes.
-        rank: how many; default a quarter of the axis, at least 2.
-        axis: `"channel"`, or `"width"`: the last axis, as in the official code.
-    """
-    rows = _over(features, axis).reshape(-1, _over(features, axis).shape[-1]).double()
-    rank = min(rows.shape[1], max(2, rows.shape[1] // 4) if rank is None else rank)
-    rows = rows - rows.mean(0)
-    _, vectors = torch.linalg.eigh(rows.T @ rows)
-    return vectors[:, -rank:].flip(1).to(features.dtype)
-
-
-def lowrank_mimic(
-    student: Mapping[str, Tensor],
-    teacher: Mapping[str, Tensor],
-    bases: Mapping[str, Tensor],
-    axis: str = "channel",
-) -> Tensor:
-    """Return the mean over blocks of the mean squared difference of projected features."""
-    errors = []
-    for path, base in bases.items():
-        gap = _over(student[path] - teacher[path], axis) @ base
-        errors.append(gap.square().mean())
-    return torch.stack(errors).mean()
-
-
-def _over(features: Tensor, axis: str) -> Tensor:
-    """Put the axis that is projected last."""
-    if axis not in ("channel", "width"):
-        raise InputError(f"features are projected over their channel or their width, not {axis!r}")
-    return features.movedim(1, -1) if features.ndim == 4 and axis == "channel" else features
 
 
 def binarize_network(
@@ -234,40 +205,23 @@ def _loss(
     mimic: Mimic | None,
     axis: str,
 ) -> tuple[Tensor, Tensor]:
-    found = _features(student, paths)
+    found = watched(student, paths)
     own = (predict_noise(student, x, t) - noise).square().mean()
-    _remove(found)
+    unwatch(found)
     if mimic is None:
         return own, torch.zeros(())
-    wanted = _features(teacher, paths)
+    wanted = watched(teacher, paths)
     with torch.no_grad():
         predict_noise(teacher, x, t)
-    _remove(wanted)
+    unwatch(wanted)
     if not bases:
         for path in paths:
             features = wanted[0][path]
             if mimic == "lowrank":
                 bases[path] = principal_directions(features, axis=axis)
             else:
-                bases[path] = torch.eye(_over(features, axis).shape[-1])
+                bases[path] = torch.eye(channels_last(features, axis).shape[-1])
     return own, lowrank_mimic(found[0], wanted[0], bases, axis)
-
-
-def _features(network: nn.Module, paths: list[str]) -> tuple[dict[str, Tensor], list[Any]]:
-    held: dict[str, Tensor] = {}
-    handles = []
-    for path in paths:
-
-        def keep(m: nn.Module, args: Any, output: Any, path: str = path) -> None:
-            held[path] = first_tensor(output)
-
-        handles.append(network.get_submodule(path).register_forward_hook(keep))
-    return held, handles
-
-
-def _remove(features: tuple[dict[str, Tensor], list[Any]]) -> None:
-    for handle in features[1]:
-        handle.remove()
 
 
 @method(
@@ -339,6 +293,7 @@ def binarize_diffusion(
         _noise_loss(n, images[:apart], name, seed) for name, n in (("float", network), ("binary", student))
     ]
     made = binary_edit(student, network, binary).with_measurements(found)
+    made = made if isinstance(model, nn.Module) else made.bind(model.fingerprint)
     assert isinstance(made, QuantEdit)
     return made
 

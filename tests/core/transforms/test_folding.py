@@ -32,8 +32,9 @@ DECODERS = (
     "phi3",
     "gpt-neox",
     "falcon-new",
+    "t5-gated",
 )
-ALL = (*DECODERS, "bert", "bloom", "t5", "t5-gated", "vit", "gemma2", "mixtral")
+ALL = (*DECODERS, "bert", "bloom", "t5", "vit", "gemma2", "mixtral")
 
 
 def _model(name: str) -> actlas.Model:

@@ -26,7 +26,7 @@ def _kinds(found) -> dict[str, int]:
         ("qwen3", {"norm": 6, "head": 1, "v_o": 3, "up_down": 3, "qk": 0, "residual": 1}),
         ("gpt2", {"norm": 6, "head": 1, "v_o": 3, "up_down": 0, "qk": 0, "residual": 1}),
         ("opt", {"norm": 6, "head": 1, "v_o": 3, "up_down": 3, "qk": 3, "residual": 1}),
-        ("bert", {"norm": 0, "head": 1, "v_o": 3, "up_down": 0, "qk": 3, "residual": 0}),
+        ("bert", {"norm": 1, "head": 1, "v_o": 3, "up_down": 0, "qk": 3, "residual": 0}),
         ("gemma2", {"norm": 6, "head": 1, "v_o": 3, "up_down": 3, "qk": 3, "residual": 0}),
     ],
 )
@@ -52,6 +52,8 @@ def test_reasons_are_given() -> None:
 
     assert "gelu; no scale passes" in said("bert", "up_down")
     assert "something else reads the value too" in said("bert", "norm")
+    only = slots(BY_NAME["bert"].model()).of("norm")  # the last encoder norm, which no sum reads again
+    assert [s.readers for s in only] == [("cls.predictions.transform.dense",)]
     assert "normalises before the product" in said("qwen3", "qk")
     assert "two linear maps of their own" in said("gpt2", "qk")
     assert "gelu writes to it" in said("whisper", "residual")

@@ -217,7 +217,7 @@ class Folding(Weights):
         if norms and (weighted := [s for s in reading if s.kind != "single"]):
             self.norms(weighted)
         centre = any(s.norm is not None and s.norm.centres for s in reading)
-        for name in slot.tables:
+        for name in (alias for table in slot.tables for alias in self._aliases(table)):
             path, _, own = name.rpartition(".")
             table = self._get(path, own)
             self._set(path, own, (table - table.mean(-1, keepdim=True) if centre else table) @ rotation)

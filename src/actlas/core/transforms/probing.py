@@ -117,12 +117,16 @@ def _run(model: Model, inputs: Mapping[str, Any], trials: Sequence[Trial]) -> li
 
 
 def final_output(output: Any) -> Tensor:
-    """Return what a model is judged by: logits, else its last hidden state, else its first tensor."""
+    """Return what a model is judged by: logits, its last hidden state, embeddings, or its first tensor."""
     if isinstance(output, Tensor):
         return output
-    for name in ("logits", "last_hidden_state", "image_embeds"):
-        value = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
-        if isinstance(value, Tensor):
+    held: Any = output if isinstance(output, dict) else vars(output) if hasattr(output, "__dict__") else {}
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(held.get(name), Tensor):
+            value: Tensor = held[name]
             return value
+    both = [held[n] for n in ("text_embeds", "image_embeds") if isinstance(held.get(n), Tensor)]
+    if both:
+        return torch.cat(both, -1)
     values = output.values() if isinstance(output, dict) else output
     return next(v for v in values if isinstance(v, Tensor))

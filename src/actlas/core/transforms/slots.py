@@ -134,7 +134,7 @@ def slots(model: Model, inputs: Mapping[str, Any] | None = None) -> Slots:
 
     Args:
         model: any model that is made of linear maps, norms and attention; no edits must be installed.
-        inputs: a small input of one row; default: `probe_inputs(model)`.
+        inputs: a small input, of which the first row is used; default: `probe_inputs(model)`.
 
     Raises:
         InputError: the configuration does not say what the model reads and no `inputs` were given.
@@ -145,6 +145,7 @@ def slots(model: Model, inputs: Mapping[str, Any] | None = None) -> Slots:
         known: Slots = _FOUND[root]
         return known
     inputs = probe_inputs(model) if inputs is None else inputs
+    inputs = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
     flow = record(model, inputs)
     found = Slots()
     _norm_slots(flow, found)

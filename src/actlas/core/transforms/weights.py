@@ -10,6 +10,7 @@ from torch import Tensor
 from actlas.core.errors import InputError, NonFiniteError, ShapeError
 from actlas.core.layout import find, join, plain_module
 from actlas.core.model import Model
+from actlas.core.transforms.dataflow import is_linear
 from actlas.core.transforms.slots import Slot, Slots, slots
 
 
@@ -43,6 +44,12 @@ class Weights:
 
     def _set(self, path: str, name: str, value: Tensor) -> None:
         self.values[join(path, name)] = value
+
+    def _aliases(self, name: str) -> list[str]:
+        """Return the names under which a table is held, those of linear maps that share it left out."""
+        own = self._known[name]
+        held = [n for n, p in self._known.items() if p is own]
+        return [n for n in held if not is_linear(find(self._root, n.rpartition(".")[0]) or self._root)]
 
     def _bias(self, path: str) -> Tensor | None:
         key = join(path, "bias")

@@ -9,6 +9,10 @@
 
 #include <cmath>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace actlas {
 namespace {
 
@@ -53,24 +57,36 @@ struct Room {
 // out [tokens, rows] = the products of up to 8 tokens, read only where one of them is not zero.
 void product_of(const Columns &w, const float *x, std::size_t tokens, float *out, bool two, int threads,
                 Level level) {
-    Room room;
+    struct Scratch {  // kept between calls: to take and clear memory would cost as much as a small product
+        Room room;
+        std::vector<std::int32_t> active, starts;
+        std::vector<std::vector<float>> sums;
+    };
+    static thread_local Scratch mine;
+    Scratch &scratch = mine;
+    Room &room = scratch.room;
+    auto &active = scratch.active, &starts = scratch.starts;
     const Inputs in = room.inputs(x, tokens, w.columns, two, w.packed(), level);
     const std::size_t runs = (w.columns + kGroup - 1) / kGroup, padded = w.padded();
-    std::vector<std::int32_t> active(w.columns + 1), starts(runs + 1);
+    active.resize(w.columns + 1);
+    starts.resize(runs + 1);
     const std::size_t count = find_active(x, tokens, w.columns, active.data(), starts.data());
     constexpr std::size_t kSmall = 1 << 16;
     const std::size_t parts = count * w.rows * tokens < kSmall ? 1 : static_cast<std::size_t>(std::max(threads, 1));
-    std::vector<std::vector<float>> sums(parts);
+    scratch.sums.resize(std::max(scratch.sums.size(), parts));
     run_together(parts, [&](std::size_t i) {
-        sums[i].assign(tokens * padded, 0.0f);
-        add_columns(w, in, active.data(), starts.data(), share_of_active(starts.data(), runs, i, parts),
-                    share_of_active(starts.data(), runs, i + 1, parts), sums[i].data(), level);
+        std::vector<float> &mine = scratch.sums[i];
+        mine.assign(tokens * padded, 0.0f);
+        const std::int32_t *first = scratch.starts.data();
+        add_columns(w, in, scratch.active.data(), first, share_of_active(first, runs, i, parts),
+                    share_of_active(first, runs, i + 1, parts), mine.data(), level);
     });
     for (std::size_t t = 0; t < tokens; ++t) {
-        for (std::size_t r = 0; r < w.rows; ++r) {
-            float total = 0.0f;
-            for (const auto &part : sums) total += part[t * padded + r];
-            out[t * w.rows + r] = total;
+        float *to = out + t * w.rows;
+        std::memcpy(to, scratch.sums[0].data() + t * padded, w.rows * sizeof(float));
+        for (std::size_t i = 1; i < parts; ++i) {
+            const float *part = scratch.sums[i].data() + t * padded;
+            for (std::size_t r = 0; r < w.rows; ++r) to[r] += part[r];
         }
     }
 }
@@ -215,6 +231,23 @@ int read_all(Bytes data, int threads) {
     return total;
 }
 
+// Asks for pages of 2 MB for the memory that a tensor fills wholly, at once where the system can (Linux 6.1).
+bool use_large_pages(Bytes data) {
+#ifdef __linux__
+    constexpr std::uintptr_t size = std::uintptr_t{1} << 21;
+    const auto first = reinterpret_cast<std::uintptr_t>(data.data());
+    const std::uintptr_t begin = (first + size - 1) / size * size, end = (first + data.shape(0)) / size * size;
+    if (begin >= end) return false;
+    nb::gil_scoped_release released;
+    void *where = reinterpret_cast<void *>(begin);  // NOLINT: an address within the tensor
+    constexpr int huge = 14, collapse = 25;         // MADV_HUGEPAGE, MADV_COLLAPSE: older headers lack the latter
+    return madvise(where, end - begin, huge) == 0 && madvise(where, end - begin, collapse) == 0;
+#else
+    (void)data;
+    return false;
+#endif
+}
+
 }  // namespace
 
 void bind_products(nb::module_ &m) {
@@ -228,6 +261,7 @@ void bind_products(nb::module_ &m) {
     m.def("lookup_product", &lookup_product, "signs"_a, "alpha"_a, "offset"_a.none(), "half"_a, "rows"_a, "columns"_a,
           "group"_a, "bits"_a, "x"_a, "out"_a, "threads"_a, "level"_a);
     m.def("topk_mask", &select_topk, "scores"_a, "k"_a, "mask"_a, "threads"_a, "level"_a);
+    m.def("use_large_pages", &use_large_pages, "data"_a);
     m.def("read_all", &read_all, "data"_a, "threads"_a,
           "Reads every byte once and returns a sum, to measure the memory's bandwidth.");
 }

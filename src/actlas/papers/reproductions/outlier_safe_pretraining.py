@@ -220,14 +220,14 @@ def _paired(name: str, first: Any, second: Any, tokens: Any, arm: str, seed: int
 
 
 def _kurtosis(model: Model, documents: Sequence[Any], arm: str, seed: int) -> list[Measurement]:
-    from actlas.core.calibration.accumulators import row_excess_kurtosis
+    from actlas.measure.kurtosis import excess_kurtosis
 
     ids = model.tokenizer(documents[0].text[:4000], add_special_tokens=False)["input_ids"]
     n = len(ids) // CONTEXT
     batch = torch.tensor(ids[: n * CONTEXT]).view(n, CONTEXT)
     trace = model.trace({"input_ids": batch}, "blocks.*.resid_post")
     layers = [
-        float(row_excess_kurtosis(trace[s.name][:, 1:].reshape(-1, trace[s.name].shape[-1])).mean())
+        float(excess_kurtosis(trace[s.name][:, 1:].reshape(-1, trace[s.name].shape[-1])).mean())
         for s in model.resolve("blocks.*.resid_post")
     ]
     return [
@@ -276,19 +276,27 @@ def _rotation(models: dict[str, Model], seed: int) -> list[Measurement]:
 def _smollm2(tokens: int, seed: int) -> list[Measurement]:
     """Kurtosis of smollm2's residual stream in its own basis and after a random rotation."""
     import actlas
-    from actlas.core.calibration.accumulators import row_excess_kurtosis
+    from actlas.measure.kurtosis import excess_kurtosis
     from actlas.quantize.transform_set import mixing
 
     model = actlas.load("smollm2")
     text = "".join(d.text for d in lab.prose().test)[: 12 * tokens]
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
     trace = model.trace({"input_ids": torch.tensor([ids])}, "blocks.*.resid_post")
+    alone = model.trace({"input_ids": torch.tensor(ids)[1:, None]}, "blocks.*.resid_post")
     turn = mixing(model.d_model or 0, seed)
-    values: dict[str, list[Tensor]] = {"own": [], "rotated": []}
+    values: dict[str, list[Tensor]] = {
+        "own": [],
+        "rotated": [],
+        "own, as the released script computes it": [],
+    }
     for site in model.resolve("blocks.1-28.resid_post"):
+        values["own, as the released script computes it"].append(
+            excess_kurtosis(alone[site.name][:, 0], official=True)
+        )
         rows = trace[site.name][0, 1:].double()
-        values["own"].append(row_excess_kurtosis(rows))
-        values["rotated"].append(row_excess_kurtosis(rows @ turn))
+        values["own"].append(excess_kurtosis(rows))
+        values["rotated"].append(excess_kurtosis(rows @ turn))
     out = []
     for basis, found in values.items():
         mean = torch.stack(found).mean(0).numpy()

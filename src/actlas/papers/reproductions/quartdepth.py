@@ -166,7 +166,8 @@ def exact_properties(seed: int) -> list[Measurement]:
     """The map and its inverse, heavy tails, the normal equations and the sign."""
     import torch
 
-    from actlas.core.act_quantizer import ActQuantizer, depolish, knee_of, polish
+    from actlas.core.act_quantizer import ActQuantizer
+    from actlas.core.polish import depolish, knee_of, polish
     from actlas.quantize.compensation import compensate
 
     with torch.random.fork_rng(devices=[]):
