@@ -1,9 +1,10 @@
 """Sparse and dense matrix-vector products against the memory's bandwidth, 2048 x 8192.
 
-Every variant walks through copies of its weight that together exceed every cache, in a process of its own,
-and gives the median time of one product. Bandwidth is what two threads read of the same bytes, in the same
-rounds. A q4 weight in groups of 32 carries a fifth of its bytes in scales, which a product with half of the
-inputs needs nearly all: 0.60 of the bytes is then the least; in groups of 128 it is 0.53.
+Every variant walks through copies of its weight that together exceed every cache, in a process of its own
+and in large pages (`kernels/memory.py`), and gives the median time of one product. Bandwidth is what two
+threads read of the same bytes, in the same rounds. A q4 weight in groups of 32 carries a fifth of its bytes
+in scales, which a product with half of the inputs needs nearly all: 0.60 of the bytes is then the least; in
+groups of 128 it is 0.53.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _setup(name: str, kind: str) -> Step:
         dtype = torch.bfloat16 if format == "bf16" else torch.float32
         wide, row = weight.to(dtype), x.to(dtype)
         copies = max(2, MEMORY // (wide.numel() * wide.itemsize) + 1)
-        calls = [partial(torch.mv, wide.clone(), row) for _ in range(copies)]
+        calls = [partial(torch.mv, in_large_pages(wide.clone()), row) for _ in range(copies)]
     else:
         rows = kind == "dense"
         packed: Any = pack(weight, format, **of) if rows else pack_columns(weight, format, **of)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """The native kernels against their PyTorch references, on the shape of a real batch.
 
 2048 rows (8 documents of 256 tokens) by 576 channels, the residual stream of SmolLM2-135M; sparse codes of
-32 of 4608 latents, as in a TopK autoencoder.
+32 of 4608 latents, as in a TopK autoencoder. `select` keeps half of 4608 scores, `gated` is a q4 MLP of
+1536 neurons for one token; products against the memory's bandwidth are in `bench/columns.py`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _histogram(native: bool) -> Step:
 def _codes(kernel: str, native: bool) -> Step:
     import torch
 
-    from actlas.kernels import fused_step, pursuit, sparse_codes, statistics
+    from actlas.kernels import fused_step, gated, pursuit, selection, sparse_codes, statistics
 
     if native and not statistics.native_available():
         raise Unavailable("the native kernels are not built")
@@ -69,6 +70,8 @@ def _codes(kernel: str, native: bool) -> Step:
     m, v = torch.zeros_like(weight), torch.zeros_like(weight)
     gradient = torch.randn(LATENTS, CHANNELS, generator=g)
     codes = (indices, values, rows)
+    mlp = gated.pack_gated(weight[:1536], weight[1536:3072], weight[:1536].T, "q4")
+    least = torch.full((1536,), 0.3)
 
     def of(module: Any, name: str) -> Any:
         return getattr(module, name if native else f"{name}_reference")
@@ -82,6 +85,10 @@ def _codes(kernel: str, native: bool) -> Step:
         "fused": lambda: of(fused_step, "fused_row_step")(
             weight, m, v, *codes, step=9, lr=1e-9, remove_parallel=True, renormalise=True
         ),
+        "select": lambda: of(selection, "topk_mask")(pre[:256], LATENTS // 2),
+        "gated": lambda: [
+            of(gated, "gated_mlp")(mlp, row, threshold=least, activation="relu") for row in rows[:4]
+        ],
         "pursuit": lambda: of(pursuit, "matching_pursuit")(rows[:64], weight, K, gram),
     }
 
@@ -92,7 +99,7 @@ def _codes(kernel: str, native: bool) -> Step:
     return step
 
 
-CODES = ("topk", "decode", "dot", "outer", "adam", "fused", "pursuit")
+CODES = ("topk", "decode", "dot", "outer", "adam", "fused", "pursuit", "select", "gated")
 VARIANTS = {
     "moments, native": lambda: _moments(True),
     "moments, reference": lambda: _moments(False),

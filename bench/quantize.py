@@ -151,11 +151,44 @@ def _evaluate() -> Step:
     return step
 
 
+def _encoder() -> Step:
+    """Rounding, GPTQ and AWQ of `minilm`, whose weights lie on no grid, at 4, 3 and 2 bits."""
+
+    def step() -> dict[str, Any]:
+        import torch
+
+        import actlas
+        from actlas.measure.quant_price import output_prices
+        from actlas.quantize.awq import fit_awq
+        from actlas.quantize.gptq import fit_gptq
+        from actlas.quantize.rtn import fit_rtn
+
+        torch.set_num_threads(THREADS)
+        model = actlas.load("minilm")
+        documents = _documents()
+        items = [d.text[:400] for d in documents[60:156]]
+        out = {}
+        for bits in (4, 3, 2):
+            options: dict[str, Any] = {"bits": bits, "group_size": GROUP, "evaluate": 0}
+            variants = {
+                "rtn": fit_rtn(model, **options),
+                "gptq": fit_gptq(model, documents, tokens=2048, context=128, **options),
+                "awq": fit_awq(model, documents, tokens=512, context=128, **options),
+            }
+            pairs = [("gptq", "rtn"), ("awq", "rtn")]
+            for m in output_prices(model, items, variants, pairs=pairs):
+                out[f"{bits} {m.group['variant']} {m.name}"] = m.to_json()
+        return out
+
+    return step
+
+
 VARIANTS: dict[str, Callable[[], Step]] = {
     "gptq": lambda: _timed(_gptq, "gptq"),
     "awq": lambda: _timed(_awq, "awq"),
     "llm-compressor": _llm_compressor,
     "evaluate": _evaluate,
+    "minilm": _encoder,
 }
 
 
@@ -173,6 +206,7 @@ def main(rounds: int) -> bool:
                 runs[name].append(fresh("bench.quantize", name))
             say(f"round {done + 1} of {rounds}")
         prices = fresh("bench.quantize", "evaluate")
+    encoder = fresh("bench.quantize", "minilm")
     figures = []
     for name in ("gptq", "awq"):
         figures += [
@@ -182,7 +216,20 @@ def main(rounds: int) -> bool:
     figures += _compared(runs, prices)
     for name in ("rtn", "awq"):
         figures.append(Figure(f"{name}: perplexity ratio", prices[f"{name} perplexity-ratio"]["value"], "x"))
-    return report("quantize", title, figures, {"runs": runs, "prices": prices})
+    for bits in (4, 3, 2):
+        for name in ("gptq", "awq"):
+            m = encoder[f"{bits} {name} extra-distance"]
+            figures.append(
+                Figure(
+                    f"minilm, {bits} bits: {name} less rounding",
+                    m["value"],
+                    "1 - cosine",
+                    0.0,
+                    f"95% interval {m['low']:.4f} to {m['high']:.4f}; rounding alone "
+                    f"{encoder[f'{bits} rtn output-distance']['value']:.4f}",
+                )
+            )
+    return report("quantize", title, figures, {"runs": runs, "prices": prices, "minilm": encoder})
 
 
 def _compared(runs: dict[str, list[dict[str, Any]]], prices: dict[str, Any]) -> list[Figure]:

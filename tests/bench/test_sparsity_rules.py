@@ -8,9 +8,10 @@ import pytest
 
 import bench.__main__ as bench_main
 from actlas.core.measurement import Measurement
+from actlas.measure.sparsity_price import compare_rules
 from bench import sparsity_rules
 from bench.sparsity_rules import OWN, chess_share, figures
-from tests.core.tiny import tiny
+from tests.core.tiny import TEXTS, tiny
 
 
 def measured(own: tuple[float, float, float]) -> list[Measurement]:
@@ -49,3 +50,14 @@ def test_the_command_finds_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparsity_rules, "main", lambda rounds: rounds == 2)
     monkeypatch.setattr("sys.argv", ["bench", "sparsity-rules", "--rounds", "2"])
     assert bench_main.main() == 0
+
+
+def test_all_rules_touch_half_of_a_models_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    for name, value in (("CALIBRATION", 600), ("GRADIENTS", 200), ("CONTEXT", 48)):
+        monkeypatch.setattr(sparsity_rules, name, value)
+    made = sparsity_rules.rules(model, TEXTS * 4)
+    found = compare_rules(model, TEXTS, made, pairs=[(OWN, "WINA")], context=48)
+    touched = {m.group["rule"]: m.value for m in found if m.name == "weights-touched"}
+    assert touched.keys() == made.keys() and all(0.4 < share < 0.6 for share in touched.values()), touched
+    assert len(figures(found, ["WINA"])) == 3

@@ -8,7 +8,7 @@ import pytest
 
 from actlas.core.errors import InputError
 from actlas.measure.likelihood import nll
-from actlas.measure.quant_price import losses_of, quant_prices
+from actlas.measure.quant_price import losses_of, output_prices, quant_prices
 from actlas.quantize.rtn import fit_rtn
 from tests.core.tiny import TEXTS, tiny
 
@@ -52,3 +52,17 @@ def test_bad_input() -> None:
     nll(model, TEXTS, keep_logits=kept, **OPTIONS)
     with pytest.raises(InputError, match="not of the same text"):
         nll(model, TEXTS[:2], against_base=True, base_logits=kept[:0], **OPTIONS)
+
+
+def test_encoders_are_priced_by_their_outputs() -> None:
+    model = tiny("bert")
+    coarse, fine = (fit_rtn(model, bits=b, group_size=16, evaluate=0) for b in (2, 5))
+    texts = [text[:40] for text in TEXTS]  # the model takes 64 tokens
+    found = output_prices(model, texts, {"2": coarse, "5": fine}, pairs=[("5", "2")])
+    by = {(m.name, m.group["variant"]): m for m in found}
+    assert by["output-distance", "2"].value > by["output-distance", "5"].value > 0
+    extra = by["extra-distance", "5"]
+    assert extra.value == pytest.approx(by["output-distance", "5"].value - by["output-distance", "2"].value)
+    assert extra.n == len(TEXTS)
+    with pytest.raises(InputError, match="no items"):
+        output_prices(model, [], {"2": coarse})

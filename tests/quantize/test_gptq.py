@@ -189,3 +189,31 @@ def test_ten_tokens_and_infinities() -> None:
         model.module.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj: 1 of"):
         fit_gptq(model, TEXTS * 4)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gemma2"])
+def test_other_families(family: str) -> None:
+    """Encoders, Conv1D and norms after a block: everything is quantised, and better than by rounding."""
+    from actlas.quantize.awq import fit_awq
+    from actlas.quantize.rtn import fit_rtn
+
+    model = tiny(family)
+    options = {"bits": 3, "group_size": 16, "evaluate": 0}
+    text = {"tokens": 200, "context": 32}
+    inputs = model.encode(TEXTS[:1])
+
+    def output() -> torch.Tensor:
+        out = model.forward(inputs)
+        return getattr(out, "logits", None) if hasattr(out, "logits") else out.last_hidden_state
+
+    want, off = output(), {}
+    edits = {
+        "rtn": fit_rtn(model, **options),  # type: ignore[arg-type]
+        "gptq": fit_gptq(model, TEXTS * 4, **options, **text),  # type: ignore[arg-type]
+        "awq": fit_awq(model, TEXTS * 4, ratios=8, **options, **text),  # type: ignore[arg-type]
+    }
+    for name, edit in edits.items():
+        assert set(edit.modules) == set(edits["rtn"].modules)  # type: ignore[attr-defined]
+        with model.edit(edit):
+            off[name] = float((output() - want).norm())
+    assert min(off["gptq"], off["awq"]) < off["rtn"]

@@ -200,3 +200,19 @@ def test_bad_input() -> None:
         cache_price(model, TEXTS, {"8": EXACT}, pairs=[("9", "8")])
     with pytest.raises(InputError, match="at least 8"):
         cache_price(model, TEXTS, {"8": EXACT}, tokens=4)
+
+
+@pytest.mark.slow
+def test_two_bits_want_channels_for_keys_and_tokens_for_values() -> None:
+    from actlas.data import corpus
+    from actlas.models import load
+
+    variants = {
+        "kivi": QuantizeCache(2, 2),
+        "keys per token": QuantizeCache(2, 2, key_axis="token"),
+        "values per channel": QuantizeCache(2, 2, value_axis="channel"),
+    }
+    pairs = [("kivi", name) for name in ("keys per token", "values per channel")]
+    found = cache_price(load("smollm2"), corpus("prose"), variants, pairs=pairs, prompts=5, tokens=192)
+    gaps = [m for m in found if m.name == "extra-cache-kl"]
+    assert len(gaps) == 2 and all(m.high is not None and m.high < 0 for m in gaps)

@@ -188,3 +188,26 @@ def test_bad_input() -> None:
         fit_outliertune(model, TEXT, symmetrise="yes", **SMALL)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="do not divide|not divide"):
         fit_outliertune(model, TEXT, group_size=24, **SMALL)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 1.0, 1e9])
+def test_integer_arithmetic_holds_for_scales_beyond_half_precision(size: float) -> None:
+    """Folded weights can be tiny, so that their scales are kept in float32; the products stay exact."""
+    from actlas.core.numbers import QuantParams, QuantSpec, params_of
+    from actlas.core.quant_linear import ActQuant
+    from actlas.quantize.outliertune import short_scales
+
+    g = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(200, 30, bias=size <= 1)
+    weight = size * torch.randn(30, 200, generator=g)
+    spec = QuantSpec(8, granularity="channel")
+    act = ActQuant(QuantSpec(8, symmetric=True, granularity="tensor"), QuantParams(torch.ones(1, 1)))
+    x = 50 * torch.randn(20, 200, generator=g)
+    short = short_scales(params_of(weight, spec))
+    assert torch.allclose(short.scale, params_of(weight, spec).scale, rtol=2**-11)
+    layer = QuantLinear.of(linear, spec, params=short, act=act, weight=weight)
+    assert torch.equal(layer(x.double()), integer_forward(layer, x))
+    if size in (1e-9, 1e9):
+        assert layer.scale.dtype == torch.float32
+        plain = QuantLinear.of(linear, spec, act=act, weight=weight)
+        assert not torch.equal(plain(x.double()), integer_forward(plain, x))

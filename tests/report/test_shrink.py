@@ -64,6 +64,7 @@ def test_what_is_chosen() -> None:
     ]
     assert choose(rows, Goal()) == "small"  # within 3% of the fastest, and smaller
     assert choose(rows[:2], Goal()) == "big"
+    assert choose([row("dense", 98, 1.0), row("skips", 100, 1.004)], Goal()) == "dense"
     assert choose(rows, Goal(None, bits=4.0)) == "slow"
     near = [row("best", 10, 1.0), row("near", 50, 1.0009), row("off", 90, 1.002)]
     assert choose(near, Goal(None, bits=4.0)) == "near"

@@ -3,8 +3,8 @@
     data = in_large_pages(data)                  # one tensor, where it is
     a, b, c = together([a, b, c])                # small ones, moved into one block of large pages
 
-A page of 4 KB holds a few columns of a packed weight, and each page has to be looked up; with pages of 2 MB a
-product takes a tenth to a fifth less time. Linux gives them on request, and only for whole pages, so small
+A page of 4 KB holds a few columns of a packed weight, and each page has to be looked up; with pages of 2 MB
+there are few to look up. Linux gives them on request, and only for whole pages, so small
 tensors are put side by side. Elsewhere, and where the system refuses, nothing changes.
 """
 
@@ -22,7 +22,7 @@ _LINE = 64
 
 
 def in_large_pages(data: Tensor) -> Tensor:
-    """Ask for large pages for a contiguous tensor on the CPU, if it is large enough to have some; return it."""
+    """Ask for large pages for a contiguous tensor on the CPU that can fill some; return it."""
     module = native()
     size = data.numel() * data.element_size()
     if module is not None and data.device.type == "cpu" and data.is_contiguous() and size >= _LEAST:
@@ -31,7 +31,7 @@ def in_large_pages(data: Tensor) -> Tensor:
 
 
 def together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies of tensors side by side in one block of memory, in large pages, each on a line of its own.
+    """Return copies of tensors side by side in one block of large pages, each on a line of its own.
 
     Args:
         tensors: on the CPU, of any types and shapes.

@@ -64,7 +64,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = int(torch.cuda.memory_allocated(self._device))
             return
-        _trim()
+        trim_heap()
         if self.source == "high-water mark":
             _reset()
             self._before = _status("VmRSS")
@@ -89,7 +89,8 @@ def _reset() -> bool:
         return False
 
 
-def _trim() -> None:
+def trim_heap() -> None:
+    """Hand freed memory back to the system, where the allocator can."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:

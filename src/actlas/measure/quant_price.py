@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from actlas.core.edit import Edit
@@ -28,6 +29,7 @@ from actlas.core.installation import EditHadNoEffect
 from actlas.core.measurement import Measurement
 from actlas.measure.likelihood import Losses, nll, select
 from actlas.measure.paired import perplexity_ratio
+from actlas.measure.quantizability import item_outputs
 from actlas.measure.samples import mean_measurement
 from actlas.measure.statistics import paired_difference
 
@@ -122,6 +124,73 @@ def prices_of(
     out = []
     for name, losses in found.items():
         out += _price(base, losses, variants.get(name), {"variant": name, **(group or {})}, seed)
+    return out
+
+
+def output_prices(
+    model: Model,
+    items: Sequence[Any],
+    variants: Mapping[str, Edit],
+    *,
+    pairs: Sequence[tuple[str, str]] = (),
+    seed: int = 0,
+    group: Mapping[str, str] | None = None,
+) -> list[Measurement]:
+    """Measure variants of a model without a perplexity (an encoder, a classifier) by how far outputs move.
+
+    Args:
+        model: the model, without other edits.
+        items: texts or images.
+        variants, pairs, seed, group: as in `quant_prices`.
+
+    Returns:
+        for each variant `bits-per-weight` and `output-distance` (1 - cosine of an item's outputs with those
+        of the model as it is); for each pair `extra-distance`, below 0 where the first is better.
+
+    Raises:
+        InputError: no items, or a pair with a variant that is not there.
+    """
+    unknown = [name for pair in pairs for name in pair if name not in variants]
+    if not len(items) or unknown:
+        said = f"{unknown[0]!r} is not one of the variants" if unknown else "there are no items to run"
+        raise InputError(f"{said}; variants are {', '.join(variants) or 'none'}")
+    base, labels, out = item_outputs(model, items).double(), dict(group or {}), []
+    found = {}
+    for name, edit in variants.items():
+        with model.edit(edit):
+            moved = item_outputs(model, items).double()
+        found[name] = (1 - torch.cosine_similarity(base, moved, dim=1)).cpu().numpy()
+        own = {"variant": name, **labels}
+        bits = getattr(edit, "bits_per_weight", None)
+        if bits is not None and bits == bits:
+            out.append(Measurement("bits-per-weight", float(bits), "bits", 1, group=own, better="lower"))
+        out.append(
+            mean_measurement(
+                "output-distance",
+                "1 - cosine",
+                found[name],
+                seed=seed,
+                over="items",
+                group=own,
+                better="lower",
+            )
+        )
+    for name, over in pairs:
+        drawn = paired_difference(found[over], found[name], seed=seed)
+        out.append(
+            Measurement(
+                "extra-distance",
+                drawn.value,
+                "1 - cosine",
+                drawn.n,
+                drawn.low,
+                drawn.high,
+                "paired bootstrap over items",
+                seed,
+                group={"variant": name, "over": over, **labels},
+                better="lower",
+            )
+        )
     return out
 
 

@@ -158,12 +158,12 @@ def output_fidelity(
     _some_layers(model)
     if not len(inputs):
         raise InputError("no inputs: output fidelity needs at least one item")
-    dense = _outputs(model, inputs)
+    dense = item_outputs(model, inputs)
     out = []
     with progress("quantizability", len(chosen)) as advance:
         for s in chosen:
             with rounded(model.module, s):
-                found = _outputs(model, inputs)
+                found = item_outputs(model, inputs)
             details = {}
             if noise:
                 details = _noise_details(signal_to_noise(model, inputs[:_BATCH], s))
@@ -263,7 +263,7 @@ def _encode(model: Model, batch: Any) -> dict[str, Any]:
     return model.encode(batch if raw else list(batch))
 
 
-def _outputs(model: Model, inputs: Any) -> Tensor:
+def item_outputs(model: Model, inputs: Any) -> Tensor:
     """Return one vector an item: class logits, or the mean over real tokens of the last states."""
     parts = []
     for start in range(0, len(inputs), _BATCH):

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 )
 def fit_adaround(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 4,
     group_size: int | None = None,
@@ -71,7 +71,7 @@ def fit_adaround(
 
     Args:
         model: a model of text.
-        corpus: calibration text; what follows the calibrated part is used to measure. Default: the bundled
+        data: calibration text; what follows the calibrated part is used to measure. Default: the bundled
             prose.
         bits: 2 to 8.
         group_size, symmetric, format, formats, skip: see `layers.WeightFormat` and `layers.targets`.
@@ -91,7 +91,7 @@ def fit_adaround(
     if by not in ("layer", "block"):
         raise InputError(f"rounding is learned by layer or by block, not by {by!r}")
     chosen = targets(model, WeightFormat(bits, group_size, symmetric, format, formats), skip)
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
     modules: Mapping[str, nn.Module]
     if by == "layer":
 

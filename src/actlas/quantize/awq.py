@@ -29,11 +29,12 @@ from actlas.core.edit import Edit
 from actlas.core.errors import InputError
 from actlas.core.methods import method
 from actlas.core.two_stream import BlockView, two_stream
+from actlas.measure.memory import trim_heap
 from actlas.quantize.awq_search import QUERY_AND_KEY, Search, Statistic, clip_range, scale_for
 from actlas.quantize.channel_scales import BlockScales, Place, known_slots
 from actlas.quantize.gptq_solver import output_error
 from actlas.quantize.inspected import inspect
-from actlas.quantize.layers import WeightFormat, finish, names_of, split_text, targets
+from actlas.quantize.layers import BATCH_TOKENS, WeightFormat, finish, names_of, split_text, targets
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -110,6 +111,7 @@ def fit_awq(
     late: set[str] = set()
 
     def visit(block: BlockView) -> None:
+        trim_heap()
         names = [name for name, path in block.paths.items() if path in by_path]
         parts, scales = inspect(block, names), BlockScales(model, known)
         for part in parts:
@@ -133,7 +135,9 @@ def fit_awq(
         parameters.update(scales.parameters(modules))
         late.update(scales.runtime)
 
-    two_stream(model, texts.fit, visit, context=texts.context, max_tokens=texts.tokens)
+    two_stream(
+        model, texts.fit, visit, context=texts.context, max_tokens=texts.tokens, batch_tokens=BATCH_TOKENS
+    )
     note = f"{len(late)} layers divide their inputs at run time" if late and fold else ""
     return finish(
         model,

@@ -24,9 +24,10 @@ from actlas.core.methods import method
 from actlas.core.quant_linear import ActQuant, QuantLinear
 from actlas.core.swap import SwapModule
 from actlas.core.two_stream import BlockView, two_stream
+from actlas.measure.memory import trim_heap
 from actlas.quantize.block_inputs import shared_inputs
 from actlas.quantize.gptq_solver import Order, Solved, solve
-from actlas.quantize.layers import Target, Texts, WeightFormat, finish, split_text, targets
+from actlas.quantize.layers import BATCH_TOKENS, Target, Texts, WeightFormat, finish, split_text, targets
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -145,6 +146,7 @@ def solve_blocks(
         made: list[Edit] = []
         for group in _by_format([by_path[path] for path in paths if path in by_path]):
             solved = solver(torch.cat([t.weight for t in group]), gram, group)
+            trim_heap()  # what is stored would otherwise pin the heap that the solver grew
             for target, layer, error in split_rows(group, solved, act):
                 layer.keep_dense = True
                 modules[target.path], errors[target.path] = layer, error
@@ -153,6 +155,7 @@ def solve_blocks(
 
     def visit(block: BlockView) -> list[Edit]:
         _drop_dense(modules)  # of the blocks that are done
+        trim_heap()
         inputs = shared_inputs(block, cap=cap)
         paths = block.paths
         if not sequential:
@@ -162,7 +165,9 @@ def solve_blocks(
             block.install(*settle([paths[n] for n in x.names], again.gram))
         return []
 
-    two_stream(model, texts.fit, visit, context=texts.context, max_tokens=texts.tokens)
+    two_stream(
+        model, texts.fit, visit, context=texts.context, max_tokens=texts.tokens, batch_tokens=BATCH_TOKENS
+    )
     _drop_dense(modules)
     return {t.path: modules[t.path] for t in chosen if t.path in modules}, errors
 

@@ -171,15 +171,21 @@ def _factor(gram: Tensor, damp: float, where: str) -> tuple[Tensor, Tensor]:
     dead = diagonal <= 0
     if bool(dead.all()):
         raise InputError(f"{where}: no calibration input reaches this layer")
-    h = h.clone()
-    h.diagonal()[dead] = 1.0
-    h.diagonal().add_(damp * float(diagonal.mean()))
+    damping = damp * float(diagonal.mean())
+    # H = R R^T with R upper (the Cholesky factor of H with rows and columns reversed), so U = R^-1.
+    h = h.flip(0, 1)
+    h.diagonal()[dead.flip(0)] = 1.0
+    h.diagonal().add_(damping)
     lower, failed = torch.linalg.cholesky_ex(h)
+    del h
     if int(failed):
         raise NonFiniteError(f"{where}: the Hessian is not positive with damp={damp}; give a larger damp")
-    inverse = torch.cholesky_inverse(lower)
-    factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(failed):
+    upper = lower.flip(0, 1)
+    del lower
+    factor = torch.linalg.solve_triangular(
+        upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True
+    )
+    if not bool(torch.isfinite(factor).all()):
         raise NonFiniteError(
             f"{where}: the Hessian is too ill-conditioned with damp={damp}; give a larger damp"
         )

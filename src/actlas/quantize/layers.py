@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from actlas.core.model import Model
 
 LEAST_TOKENS = 64
+BATCH_TOKENS = 512  # of a calibration pass; more would take memory and save no time
 _DEFAULT_GROUP = 64
 
 

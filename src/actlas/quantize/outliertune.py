@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from actlas.core.edit import Edit
 from actlas.core.errors import InputError
+from actlas.core.layout import weight_matrix
 from actlas.core.methods import method
-from actlas.core.numbers import QuantParams, QuantSpec
+from actlas.core.numbers import QuantParams, QuantSpec, params_of
 from actlas.core.quant_activations import QuantizeActivations
 from actlas.core.quant_edit import QuantEdit
 from actlas.core.quant_linear import ActQuant, QuantLinear
@@ -227,8 +228,13 @@ def folded_edit(
     for target in chosen:
         fed = target.path in folded.readers
         linear = folded.fold.linear(model, target.path) if fed else target.module
+        params = params_of(weight_matrix(linear).detach().float(), target.spec, where=target.path)
         modules[target.path] = QuantLinear.of(
-            linear, target.spec, act=static if fed else dynamic, where=target.path
+            linear,
+            target.spec,
+            params=short_scales(params),
+            act=static if fed else dynamic,
+            where=target.path,
         )
     rest = folded.fold.without(modules)
     shifted = sum(isinstance(m, nn.Module) for m in rest.modules.values())
@@ -238,6 +244,17 @@ def folded_edit(
     return QuantEdit(
         {**modules, **rest.modules}, dict(rest.parameters), method="outliertune", note="; ".join(said)
     )
+
+
+def short_scales(params: QuantParams, bits: int = 11) -> QuantParams:
+    """Return scales with so few significant bits that a scale times a code is exact in float32.
+
+    Half precision has as many; a folded weight may be too small for it, and its scales stay in float32. With
+    them the layer's arithmetic in float64 is that of integers, bit for bit.
+    """
+    mantissa, exponent = torch.frexp(params.scale.float())
+    short = torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+    return QuantParams(short, params.zero, params.outer)
 
 
 def attention_inputs(model: Model, spec: str) -> Edit:

@@ -30,7 +30,7 @@ from actlas.core.two_stream import BlockView, two_stream
 from actlas.quantize.block_inputs import shared_inputs
 from actlas.quantize.channel_scales import BlockScales, Place, known_slots
 from actlas.quantize.gptq_solver import output_error
-from actlas.quantize.layers import WeightFormat, finish, split_text, targets
+from actlas.quantize.layers import BATCH_TOKENS, WeightFormat, finish, split_text, targets
 
 if TYPE_CHECKING:
     from actlas.core.model import Model
@@ -117,7 +117,9 @@ def fit_smoothquant(
                 )
         parameters.update(scales.parameters(modules))
 
-    two_stream(model, texts.fit, visit, context=texts.context, max_tokens=texts.tokens)
+    two_stream(
+        model, texts.fit, visit, context=texts.context, max_tokens=texts.tokens, batch_tokens=BATCH_TOKENS
+    )
     return finish(
         model,
         chosen,

@@ -84,7 +84,7 @@ def lr_qat(
     def make(layer: LinearLayer, linear: nn.Module) -> nn.Module:
         return LowRankQuantLinear(
             linear, form, rank=rank, alpha=alpha, downcast=downcast, start=start, act=inputs,
-            recompute=recompute, seed=seed, where=layer.path,
+            recompute=recompute, tries=20, seed=seed, where=layer.path,
         )  # fmt: skip
 
     warm = max(1, steps // 10)

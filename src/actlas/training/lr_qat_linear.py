@@ -53,6 +53,7 @@ class LowRankQuantLinear(nn.Module):
         act: format of the inputs, dynamic (`None`: left as they are).
         recompute: whether the backward pass rounds again; else W_hat is kept, as autograd does.
         params: s0; default the scale with the least L4 error (`lp_search`).
+        tries: ranges tried for it, from the whole one down to a fifth.
         seed: of D.
         where: the layer's name, for messages.
 
@@ -80,6 +81,7 @@ class LowRankQuantLinear(nn.Module):
         act: QuantSpec | None = None,
         recompute: bool = True,
         params: QuantParams | None = None,
+        tries: int = 80,
         seed: int = 0,
         where: str = "the layer",
     ) -> None:
@@ -92,7 +94,9 @@ class LowRankQuantLinear(nn.Module):
         self.low, self.high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
         own = getattr(linear, "bias", None)
         self.register_buffer("bias", None if own is None else own.detach().float().clone())
-        scale = (params or lp_search(weight, spec, p=4.0)).scale.detach().float()
+        scale = (
+            (params or lp_search(weight, spec, p=4.0, steps=tries, shrink=0.8 / tries)).scale.detach().float()
+        )
         wanted = self._grouped(weight) / scale.unsqueeze(-1)
         wanted = wanted.reshape(weight.shape)
         generator = torch.Generator().manual_seed(seed)

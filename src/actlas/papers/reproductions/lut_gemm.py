@@ -22,6 +22,7 @@ from actlas.papers.reproduction import Check, Findings, Measured, Plot, reproduc
 
 ROWS, COLUMNS, GROUP = 1536, 576, 64
 TIME, GROWTH, OVER = "time", "time at 4 bits over 1 bit", "look-up over dequantising at 3 bits"
+HALF = "time at 4 bits over 2 bits"
 MSE, MORE = "squared error", "squared error over rounding's"
 
 
@@ -38,9 +39,9 @@ def judge(m: Measured) -> list[Check]:
     counted = m["operations that differ from the formula"]
     lookup, dequantising = (
         m.get(GROWTH, kernel="look-up"),
-        m.get("time at 4 bits over 2 bits", kernel="packed"),
+        m.get(HALF, kernel="packed"),
     )
-    growth = m.get("time at 4 bits over 2 bits", kernel="look-up")
+    growth = m.get(HALF, kernel="look-up")
     flatter: bool | None = None
     said = "not timed"
     if growth is not None and dequantising is not None:
@@ -204,9 +205,7 @@ def _times(rounds: int, repeats: int, generator: torch.Generator, seed: int) -> 
     over = _ratio(OVER, of["look-up", 3], of["packed", 3], {}, seed, how)
     measured += [grown, over]
     for kernel in ("look-up", "packed"):
-        found = _ratio(
-            "time at 4 bits over 2 bits", of[kernel, 4], of[kernel, 2], {"kernel": kernel}, seed, how
-        )
+        found = _ratio(HALF, of[kernel, 4], of[kernel, 2], {"kernel": kernel}, seed, how)
         measured.append(found)
     said = f"look-up at 4 bits takes {grown.value:.2f} x its time at 1 bit, at 3 bits {over.value:.2f} x"
     return measured, f"{said} that of the dequantising kernel"
