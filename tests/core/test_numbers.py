@@ -311,6 +311,7 @@ def test_stored_params_are_16_bit_where_these_can_hold_them() -> None:
         ("int4-g1", "at least 2"),
         ("int4-rows", "'rows' in the number format"),
         ("four bits", "examples: int4-g64"),
+        ("int", "does not say how many bits"),
         ("nf3-g64", "4 to 4 bits"),
         ("log2-9", "2 to 6 bits"),
         ("int4-g64-gaussian", "symmetric or centred"),

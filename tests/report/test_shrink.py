@@ -25,7 +25,7 @@ from actlas.report.shrink import Effort, Goal, Row, Shrunk, is_shrunk, load_reco
 from actlas.report.shrink import race as races
 from actlas.report.shrink import search as module
 from actlas.report.shrink.plot import chart
-from actlas.report.shrink.quantised import most_bits, sensitivity, stored_bytes
+from actlas.report.shrink.quantised import allocate, most_bits, rounding_rises, stored_bytes
 from actlas.report.shrink.rows import choose, on_frontier
 from actlas.report.shrink.skipping import Skipping
 from actlas.report.shrink.speed import Speed, Step, interleave
@@ -244,15 +244,27 @@ def test_a_limit_in_bytes() -> None:
         most_bits(layers, None, 100)
 
 
-def test_sensitivity_is_what_the_loss_minds() -> None:
+def test_rises_are_what_the_loss_minds() -> None:
     model = tiny()
     layers = Layers(model).blocks[:6]
-    minds = sensitivity(model, DOCUMENTS, layers, tokens=200, seed=0)
-    assert set(minds) == {p.path for p in layers} and all(v > 0 for v in minds.values())
+    rises = rounding_rises(model, DOCUMENTS, layers, tokens=200, seed=0)
+    for of in rises.values():
+        assert of[2] > of[3] > of[4] > of[8] > 0
     dead = layers[0]
     nothing = model.module.get_submodule("model.layers.0.self_attn.o_proj")
     nothing.weight.data.zero_()  # type: ignore[union-attr, operator]
-    assert sensitivity(model, DOCUMENTS, layers, tokens=200, seed=0)[dead.path] == 0  # q_proj reaches nothing
+    again = rounding_rises(model, DOCUMENTS, layers, tokens=200, seed=0)
+    assert set(again[dead.path].values()) == {0.0}  # q_proj reaches nothing
+
+
+def test_bits_go_where_they_save_most() -> None:
+    rises = {"a": {2: 9.0, 3: 1.0, 4: 0.5}, "b": {2: 1.0, 3: 0.9, 4: 0.1}, "c": {2: 0.2, 3: 0.1, 4: 0.0}}
+    same = dict.fromkeys(rises, 10)
+    assert allocate(rises, same, 2.0) == {"a": 2, "b": 2, "c": 2}
+    assert allocate(rises, same, 2.34) == {"a": 3, "b": 2, "c": 2}
+    assert allocate(rises, same, 3.0) == {"a": 3, "b": 4, "c": 2}  # b's second bit is worth more than a's
+    assert allocate(rises, same, 4.0) == {"a": 4, "b": 4, "c": 4}
+    assert allocate(rises, {"a": 1000, "b": 10, "c": 10}, 2.02) == {"a": 2, "b": 4, "c": 2}  # a is too large
 
 
 # -- bad input ---------------------------------------------------------------------------------

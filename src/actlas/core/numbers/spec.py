@@ -169,6 +169,8 @@ class QuantSpec:
                 )
         if kind == "nvfp4":
             return cls(4, "nvfp4")
+        if not bits:
+            raise InputError(f"{name!r} does not say how many bits; write e.g. int4-g64")
         if kind in ("nf", "log2-", "binary", "int"):
             grid: Grid = {"nf": "table", "log2-": "log2", "binary": "binary", "int": "int"}[kind]  # type: ignore[assignment]
             if grid == "log2":
