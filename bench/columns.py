@@ -1,10 +1,10 @@
 """Sparse and dense matrix-vector products against the memory's bandwidth, 2048 x 8192.
 
 Every variant walks through copies of its weight that together exceed every cache, in a process of its own
-and in large pages (`kernels/memory.py`), and gives the time of one product that a tenth of them stayed below:
-other programs only make them slower. Bandwidth is what two threads read of the same bytes, in the same rounds. A q4 weight in groups of 32 carries a fifth of its bytes
-in scales, which a product with half of the inputs needs nearly all: 0.60 of the bytes is then the least; in
-groups of 128 it is 0.53.
+and in large pages (`kernels/memory.py`), and gives the time that a tenth of its products stayed below, as
+other programs only make them slower. Bandwidth is what two threads read of the same bytes, in the same
+rounds. A q4 weight in groups of 32 carries a fifth of its bytes in scales, which a product with half of the
+inputs needs nearly all: 0.60 of the bytes is then the least; in groups of 128 it is 0.53.
 """
 
 from __future__ import annotations

@@ -43,5 +43,5 @@ def test_spoken_sentences_sound() -> None:
     from actlas.data.speech import speech
 
     clips = speech(2)
-    assert [c.voice for c in clips] == ["en-us", "en-gb-scotland"]
+    assert [c.voice for c in clips] == ["en-us", "en-gb-x-rp"]
     assert all(16_000 < len(c.samples) < 200_000 and 0.05 < abs(c.samples).max() <= 1 for c in clips)

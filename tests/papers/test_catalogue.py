@@ -49,7 +49,7 @@ def test_status_says_which_papers_have_a_reproduction():
 
 def test_filters_and_wrong_names():
     assert {p.slug for p in papers(room="report")} == {"model-cards", "hf-model-reuse"}
-    assert {p.room for p in papers(room="quantize", status="planned")} == {"quantize"}
+    assert {p.room for p in papers(room="explain", status="planned")} == {"explain"}
     with pytest.raises(InputError, match="did you mean void"):
         paper("voids")
     with pytest.raises(InputError, match="did you mean quantize"):
@@ -59,8 +59,8 @@ def test_filters_and_wrong_names():
 
 
 def test_a_planned_paper_says_so_in_one_line():
-    with pytest.raises(InputError, match="awq .* is planned and has no reproduction yet") as error:
-        reproduce("awq")
+    with pytest.raises(InputError, match="craft .* is planned and has no reproduction yet") as error:
+        reproduce("craft")
     assert "\n" not in str(error.value)
 
 

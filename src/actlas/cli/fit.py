@@ -109,7 +109,7 @@ def _finish(out: Output, info: MethodInfo, model: Model, made: Any, target: Path
         said = made.describe() if hasattr(made, "describe") else f"{type(made).__name__} at {made.site}"
         out.document |= {"saved": str(target), "about": said}
         out.say(f"{said}, saved in {target}")
-        out.say(*_use(made, model.name, target))
+        out.say(*_use(made, model.name, model.kind, target))
     out.document["measurements"] = list(found)
     out.measurements(found)
 
@@ -146,14 +146,16 @@ def _plot(out: Output, model: Model, pairs: Any, made: Any, options: dict[str, A
     out.say(f"effect against price: {plot}")
 
 
-def _use(made: Any, model: str, target: Path) -> list[str]:
+def _use(made: Any, model: str, kind: str, target: Path) -> list[str]:
     """Return how to go on with what was fitted, as command lines."""
     from actlas.core.edit import Edit
     from actlas.core.lens import Lens
     from actlas.core.tuned_lens import TunedLens
 
     if isinstance(made, Edit):
-        return [f"use it: actlas generate {model} PROMPT --edit {target}"]
+        if kind in ("causal-lm", "seq2seq"):
+            return [f"use it: actlas generate {model} PROMPT --edit {target}"]
+        return [f"use it: with model.edit(actlas.Edit.load('{target}')): ... in Python"]
     if isinstance(made, TunedLens):
         return [f"use it: actlas trace {model} PROMPT --lens {target}"]
     if type(made).direction is not Lens.direction:

@@ -237,7 +237,7 @@ class Installation:
         if edit.module is not original and not any(own.values()):
             for name in _HOOKS:
                 setattr(edit.module, name, getattr(original, name))
-            self._undo.append(lambda: [setattr(edit.module, n, hooks) for n, hooks in own.items()])
+            self._undo.append(lambda: _set_hooks(edit.module, own))
 
     def keep(self, handle: Handle) -> None:
         """Remove a hook when the edits are taken back; for edits that place hooks of their own."""
@@ -327,6 +327,11 @@ def _check_overwrites(plans: list[tuple[ActivationEdit, list[Site]]]) -> None:
                     f"{first.describe()} and {edit.describe()} both set {site.name} for the same tokens, so "
                     "the first would be lost; leave one out, or limit them with at(...)"
                 )
+
+
+def _set_hooks(module: nn.Module, hooks: dict[str, Any]) -> None:
+    for name, value in hooks.items():
+        setattr(module, name, value)
 
 
 def _requests(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

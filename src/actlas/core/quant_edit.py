@@ -126,7 +126,8 @@ class QuantEdit(WholeEdit):
                 _check_fits(path, layer, module)
                 weight = module.weight
                 assert isinstance(weight, Tensor)
-                weight_matrix(layer).copy_(weight)
+                own_weight = layer.weight if isinstance(layer, nn.Conv2d) else weight_matrix(layer)
+                own_weight.copy_(weight)
                 bias = getattr(module, "bias", None)
                 if isinstance(bias, Tensor):
                     own = getattr(layer, "bias", None)

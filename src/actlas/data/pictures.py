@@ -122,7 +122,7 @@ def _load_photos() -> Iterator[tuple[str, Tensor]]:
     for title in _SCIKIT_IMAGE:
         for file in (folder / f"{title}.png", folder / f"{title}.jpg"):
             if file.is_file():
-                yield title.removesuffix("_left"), _tensor(skimage.io.imread(file))
+                yield title.removesuffix("_left"), _tensor(skimage.io.imread(file))  # type: ignore[attr-defined,unused-ignore]
 
 
 def _tensor(image: np.ndarray) -> Tensor:

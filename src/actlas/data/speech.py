@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from actlas.core.errors import FailureError, InputError
 
 RATE = 16_000
-VOICES = ("en-us", "en-gb-scotland")
+VOICES = ("en-us", "en-gb-x-rp")
 _WHO = ("the teacher", "my neighbour", "a young doctor", "the old captain", "her brother", "our driver")
 _DID = ("bought", "lost", "painted", "carried", "described", "forgot", "repaired", "borrowed")
 _WHAT = ("a green umbrella", "three wooden chairs", "the morning paper", "a heavy box of apples",
@@ -114,5 +114,7 @@ class _Synthesiser:
         if not parts:
             raise FailureError(f"eSpeak NG said nothing for {text!r}")
         wave = np.concatenate(parts).astype(np.float32) / 32768
-        at = np.arange(0, len(wave) - 1, _Synthesiser._rate / RATE)
-        return np.interp(at, np.arange(len(wave)), wave).astype(np.float32)
+        from scipy.signal import resample_poly
+
+        shared = np.gcd(RATE, _Synthesiser._rate)
+        return np.asarray(resample_poly(wave, RATE // shared, _Synthesiser._rate // shared), np.float32)

@@ -79,7 +79,9 @@ def cache_bytes(cache: Any) -> int:
 
 def _layer_bytes(layer: Any) -> int:
     own = getattr(layer, "stored_bytes", None)
-    return own if isinstance(own, int) else sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+    return (
+        own if isinstance(own, int) else sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+    )
 
 
 def answer_mass(model: Model, ids: Tensor, answer: Tensor) -> Mass:

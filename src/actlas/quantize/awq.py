@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 )
 def fit_awq(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 4,
     group_size: int | None = None,
@@ -75,7 +75,7 @@ def fit_awq(
 
     Args:
         model: a model with one tower of blocks and a tokenizer.
-        corpus: calibration text; what follows the calibrated part is used to measure. Default: the bundled
+        data: calibration text; what follows the calibrated part is used to measure. Default: the bundled
             prose.
         bits: 2 to 8.
         group_size: inputs that share a scale; default: the legal size nearest to 64; 0: a whole channel.
@@ -100,7 +100,7 @@ def fit_awq(
     if ratios < 1:
         raise InputError(f"at least one ratio must be tried, not {ratios}")
     chosen = targets(model, WeightFormat(bits, group_size, symmetric, format, formats), skip)
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
     unclipped = names_of(no_clip)
     search = Search(ratios, cap, statistic, seed)
     known = known_slots(model) if fold and scale else None

@@ -157,7 +157,7 @@ def _signs_of(layer: QuantLinear) -> BinaryCoded:
 )
 def fit_bcq(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 3,
     group_size: int | None = None,
@@ -172,7 +172,7 @@ def fit_bcq(
 
     Args:
         model: any model with linear layers.
-        corpus: text for the price; default: the bundled prose.
+        data: text for the price; default: the bundled prose.
         bits: signs of a weight.
         group_size: inputs that share alphas; default: for each layer the legal size nearest to 64.
         rounds: see `fit_signs`.
@@ -192,5 +192,5 @@ def fit_bcq(
         modules[target.path] = BCQLinear(coded, getattr(target.module, "bias", None))
     texts: Texts | None = None
     if evaluate and model.kind == "causal-lm":
-        texts = split_text(model, corpus, tokens=64, context=context, seed=seed)
+        texts = split_text(model, data, tokens=64, context=context, seed=seed)
     return finish(model, chosen, modules, method="bcq", texts=texts, evaluate=evaluate, seed=seed)

@@ -46,7 +46,7 @@ Solver = Callable[[Tensor, Tensor, Sequence[Target]], Solved]
 )
 def fit_gptq(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 4,
     group_size: int | None = None,
@@ -70,7 +70,7 @@ def fit_gptq(
     Args:
         model: a model with a tokenizer; without one tower of blocks (encoder-decoders), all layers are
             calibrated on the model as it is.
-        corpus: calibration text; what follows the calibrated part is used to measure. Default: the bundled
+        data: calibration text; what follows the calibrated part is used to measure. Default: the bundled
             prose.
         bits: 2 to 8.
         group_size: inputs that share a scale; default: the legal size nearest to 64; 0: a whole channel.
@@ -93,7 +93,7 @@ def fit_gptq(
         NonFiniteError: NaN or infinities in weights or activations.
     """
     chosen = targets(model, WeightFormat(bits, group_size, symmetric, format, formats), skip)
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
 
     def solver(weight: Tensor, gram: Tensor, group: Sequence[Target]) -> Solved:
         spec = group[0].spec

@@ -50,7 +50,7 @@ Base = Literal["rtn", "gptq"]
 )
 def fit_hessian_bits(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     choices: Sequence[int] | str = (2, 3, 4),
     budget: float = 3.0,
@@ -71,7 +71,7 @@ def fit_hessian_bits(
 
     Args:
         model: a causal language model with a layout.
-        corpus: text for the sharpness and calibration; what follows is used to measure. Default: the bundled
+        data: text for the sharpness and calibration; what follows is used to measure. Default: the bundled
             prose.
         choices: bits that there are.
         budget: mean bits of a code.
@@ -94,7 +94,7 @@ def fit_hessian_bits(
         choices = tuple(int(c) for c in (names_of(choices) if isinstance(choices, str) else choices))
     except (TypeError, ValueError):
         raise InputError(f"choices is {choices!r}; it must be numbers of bits, e.g. 2,3,4") from None
-    texts = split_text(model, corpus, tokens=max(tokens, 64), context=context, seed=seed)
+    texts = split_text(model, data, tokens=max(tokens, 64), context=context, seed=seed)
     layers = linear_layers(model)
     sizes = {str(b): sum(x.size for x in layers if x.block == b) for b in {x.block for x in layers}}
     allocate_bits(

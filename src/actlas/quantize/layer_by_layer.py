@@ -29,7 +29,7 @@ from actlas.core.numbers import QuantSpec, params_of
 from actlas.core.progress import progress
 from actlas.core.quant_edit import QuantEdit
 from actlas.core.quant_linear import ActQuant, QuantLinear
-from actlas.quantize.awq_search import candidate, clip_range, round_fast
+from actlas.quantize.awq_search import QUERY_AND_KEY, candidate, clip_range, round_fast
 from actlas.quantize.gptq_solver import solve
 from actlas.quantize.layers import Target, WeightFormat, targets
 from actlas.quantize.smoothquant import smoothing
@@ -193,7 +193,8 @@ def _fit(
             best, least = s, error
     s = best.to(w)
     outer = s.unsqueeze(1) * s
-    params = clip_range(w * s, seen.gram / outer, spec) if spec.grid == "int" else params_of(w * s, spec)
+    clipped = spec.grid == "int" and not target.path.endswith(QUERY_AND_KEY)
+    params = clip_range(w * s, seen.gram / outer, spec) if clipped else params_of(w * s, spec)
     return QuantLinear.of(
         target.module, spec, weight=w * s, params=params, input_scale=s, act=act, where=target.path
     )

@@ -53,7 +53,7 @@ Base = Literal["rtn", "gptq"]
 )
 def fit_lorc(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 3,
     group_size: int | None = None,
@@ -73,7 +73,7 @@ def fit_lorc(
 
     Args:
         model: a model with linear layers and a tokenizer.
-        corpus: calibration text (for GPTQ and the weighting); what follows is used to measure.
+        data: calibration text (for GPTQ and the weighting); what follows is used to measure.
         bits, group_size, symmetric, format, skip: of the weights, as in `fit_rtn`.
         base: how weights are rounded.
         rank: m.
@@ -99,7 +99,7 @@ def fit_lorc(
         "seed": seed,
     }
     needs = base == "gptq" or weighting == "activation"
-    texts = split_text(model, corpus, tokens=tokens if needs else LEAST_TOKENS, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens if needs else LEAST_TOKENS, context=context, seed=seed)
     rounded = (
         fit_rtn(model, **common)
         if base == "rtn"

@@ -89,7 +89,7 @@ class Learning:
 )
 def fit_ostquant(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 4,
     act_bits: int = 4,
@@ -113,7 +113,7 @@ def fit_ostquant(
 
     Args:
         model: a causal language model.
-        corpus: calibration text; what follows it is used to measure. Default: the bundled prose.
+        data: calibration text; what follows it is used to measure. Default: the bundled prose.
         bits, act_bits: of weights and of the inputs of layers; `act_bits=0` rounds weights only.
         format: of the weights, by name; default: whole output channels at `bits`.
         transforms: which, of `transform_set.KINDS`; as a list or with commas between.
@@ -133,7 +133,7 @@ def fit_ostquant(
     """
     if model.kind != "causal-lm":
         raise ModelError(f"{model.name} is a model of kind {model.kind}; ostquant needs a causal-lm")
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
     formats = Formats(format, bits, act_bits, skip=tuple(skip))
     learning = Learning(steps, batch, rotation_lr, scale_lr, top_k, seed=seed)
     kinds = transforms.split(",") if isinstance(transforms, str) else transforms

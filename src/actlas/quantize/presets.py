@@ -42,7 +42,7 @@ Preset = Literal["w8a8-fp", "w8a8-int", "w4a16-int", "w8a8-int-static"]
 )
 def fit_preset(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     preset: Preset = "w4a16-int",
     group_size: int | None = None,
@@ -56,7 +56,7 @@ def fit_preset(
 
     Args:
         model: a causal language model with a tokenizer.
-        corpus: calibration text (not for `w8a8-fp`); what follows is used to measure. Default: bundled prose.
+        data: calibration text (not for `w8a8-fp`); what follows is used to measure. Default: bundled prose.
         preset: see the module's text.
         group_size: of `w4a16-int`; default: the legal size nearest to 64. 128 is usual where it divides.
         skip: layers that keep their numbers.
@@ -76,14 +76,14 @@ def fit_preset(
         "seed": seed,
     }
     if preset == "w4a16-int":
-        return fit_gptq(model, corpus, bits=4, group_size=group_size, symmetric=True, search=True, **common)
+        return fit_gptq(model, data, bits=4, group_size=group_size, symmetric=True, search=True, **common)
     if preset == "w8a8-int":
         return fit_gptq(
-            model, corpus, bits=8, group_size=0, symmetric=True, act_format="int8-token-sym", **common
+            model, data, bits=8, group_size=0, symmetric=True, act_format="int8-token-sym", **common
         )
     form = WeightFormat(format="fp8-e4m3-channel" if preset == "w8a8-fp" else "int8-channel-sym")
     chosen = targets(model, form, skip)
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
     acts = (
         dict.fromkeys((t.path for t in chosen), ActQuant(QuantSpec.parse("fp8-e4m3-token")))
         if preset == "w8a8-fp"

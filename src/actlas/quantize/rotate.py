@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 def fit_rotate(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 4,
     act_bits: int = 4,
@@ -53,7 +53,7 @@ def fit_rotate(
     Args:
         model: a causal language model. Streams that no rotation passes through (with norms after their
             writers, for example) are rotated at each layer's input instead.
-        corpus: text for GPTQ and for the price; default: the bundled prose.
+        data: text for GPTQ and for the price; default: the bundled prose.
         bits, act_bits: of weights and inputs; `act_bits=0` rounds weights only.
         format: of the weights, by name; default: whole output channels at `bits`.
         start: which rotation: `"hadamard"`, `"womi"` (eigenvectors of the weights first) or `"identity"`.
@@ -67,7 +67,7 @@ def fit_rotate(
     Raises:
         InputError: formats or options that do not exist.
     """
-    texts = split_text(model, corpus, tokens=max(64, tokens), context=context, seed=seed)
+    texts = split_text(model, data, tokens=max(64, tokens), context=context, seed=seed)
     transforms = TransformSet(model, ("res", "ov"), start=start, seed=seed)
     return rounded(
         model,

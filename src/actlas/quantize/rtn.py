@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 def fit_rtn(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 4,
     group_size: int | None = None,
@@ -51,7 +51,7 @@ def fit_rtn(
 
     Args:
         model: any model with linear layers.
-        corpus: text for the price; default: the bundled prose.
+        data: text for the price; default: the bundled prose.
         bits: 2 to 8 (see `core.numbers` for the other grids).
         group_size: inputs that share a scale; default: the legal size nearest to 64; 0: a whole channel.
         symmetric: no zero points.
@@ -68,7 +68,7 @@ def fit_rtn(
     modules = {t.path: round_to_nearest(t, search=search) for t in chosen}
     texts: Texts | None = None
     if evaluate and model.kind == "causal-lm":
-        texts = split_text(model, corpus, tokens=64, context=context, seed=seed)
+        texts = split_text(model, data, tokens=64, context=context, seed=seed)
     return finish(model, chosen, modules, method="rtn", texts=texts, evaluate=evaluate, seed=seed)
 
 

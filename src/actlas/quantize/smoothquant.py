@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 )
 def fit_smoothquant(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 8,
     act_bits: int = 8,
@@ -67,7 +67,7 @@ def fit_smoothquant(
 
     Args:
         model: a model with one tower of blocks and a tokenizer.
-        corpus: calibration text; what follows it is used to measure. Default: the bundled prose.
+        data: calibration text; what follows it is used to measure. Default: the bundled prose.
         bits, act_bits: of weights and activations.
         group_size: of the weights; 0: a whole output channel.
         alpha: share of the difficulty that moves to the weights, in [0, 1].
@@ -85,7 +85,7 @@ def fit_smoothquant(
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha lies in [0, 1], not {alpha}")
     chosen = targets(model, WeightFormat(bits, group_size, symmetric), skip)
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
     act = ActQuant(QuantSpec(act_bits, symmetric=act_symmetric, granularity="channel"))
     by_path = {target.path: target for target in chosen}
     known = known_slots(model)

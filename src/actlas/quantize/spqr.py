@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 )
 def fit_spqr(
     model: Model,
-    corpus: Iterable[Any] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     bits: int = 3,
     group_size: int | None = None,
@@ -55,7 +55,7 @@ def fit_spqr(
     """Return the edit that quantises a model's weights with SpQR.
 
     Args:
-        model, corpus, bits, group_size, skip, damp, tokens, context, evaluate, seed: as in `fit_gptq`.
+        model, data, bits, group_size, skip, damp, tokens, context, evaluate, seed: as in `fit_gptq`.
         outliers: share of each layer's weights that stay in 16 bits, in [0, 0.5).
 
     Raises:
@@ -64,7 +64,7 @@ def fit_spqr(
     if not 0 <= outliers < 0.5:
         raise InputError(f"the share of outliers lies in [0, 0.5), not {outliers}")
     chosen = targets(model, WeightFormat(bits, group_size), skip)
-    texts = split_text(model, corpus, tokens=tokens, context=context, seed=seed)
+    texts = split_text(model, data, tokens=tokens, context=context, seed=seed)
 
     def solver(weight: Tensor, gram: Tensor, group: Sequence[Target]) -> Solved:
         return solve(weight, gram, group[0].spec, damp=damp, outliers=outliers, where=group[0].path)

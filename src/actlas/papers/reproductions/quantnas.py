@@ -179,11 +179,11 @@ NOTE = (
     "operations count both "
     "widths; head and tail are in 32 bits and are left out of them, being the same everywhere. The released "
     "noise "
-    "reaches the weights through one share in three; here the gradient is whole. Two things were changed after "
-    "a first run at these sizes: the penalties (0, 0.01, 0.1 became 0, 0.001, 0.01, because the middle one had "
-    "picked the cheapest network already), and the check against the direct search, which is left open instead "
-    "of failed where the two networks differ in bit operations by more than 10%; in that run it would have "
-    "failed."
+    "reaches the weights through one share in three; here the gradient is whole. Two things were changed "
+    "after a first run at these sizes: the penalties (0, 0.01, 0.1 became 0, 0.001, 0.01, because the middle "
+    "one had picked the cheapest network already), and the check against the direct search, which is left "
+    "open instead of failed where the two networks differ in bit operations by more than 10%; in that run it "
+    "would have failed."
 )
 
 

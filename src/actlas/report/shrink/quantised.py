@@ -115,7 +115,7 @@ def rounding_rises(
     seed: int,
     choices: Sequence[int] = CHOICES,
 ) -> dict[str, dict[int, float]]:
-    """Return, by path and bits, about how much the loss rises (nats a token) if only that layer is rounded."""
+    """Return, by path and bits, about how much the loss rises (nats a token) if that layer is rounded."""
     sums = {layer.path: dict.fromkeys(choices, 0.0) for layer in layers}
 
     def take(layer: LinearLayer, x: Tensor, g: Tensor) -> None:
