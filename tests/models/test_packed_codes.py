@@ -84,10 +84,12 @@ def test_the_lean_loop_gives_the_tokens_of_the_quantised_model(spec: str) -> Non
     torch.testing.assert_close(fast.feed(ids), logits, rtol=5e-3, atol=5e-3)
 
 
-def test_sparse_and_quantised_is_one_product() -> None:
+@pytest.mark.parametrize("threshold", [0.0005, 0.02])  # few inputs skipped, and most
+@pytest.mark.parametrize("spec", ["int4-g32", "int2-g32-float", "int8-channel-sym"])
+def test_sparse_and_quantised_is_one_product(spec: str, threshold: float) -> None:
     model = small()
-    quant = edit_of(model, "int4-g32")
-    skip = SkipInputs("blocks.*.mlp.act", threshold=0.02)
+    quant = edit_of(model, spec)
+    skip = SkipInputs("blocks.*.mlp.act", threshold=threshold)
     prompt = "The river had risen"
     if (why := reason_against(model, prompt, [quant, skip])) is not None:
         pytest.skip(why)
