@@ -71,6 +71,20 @@ def _gptq(model: Any, documents: list[Any]) -> Any:
     return fit_gptq(model, documents, tokens=TOKENS, context=CONTEXT, **options)
 
 
+def _same_recipe(model: Any, documents: list[Any]) -> Any:
+    """GPTQ with the ends of each group's values as its range, as llm-compressor takes it."""
+    from actlas.quantize.gptq import fit_gptq
+
+    options: dict[str, Any] = {
+        "bits": BITS,
+        "group_size": GROUP,
+        "damp": DAMP,
+        "evaluate": 0,
+        "search": False,
+    }
+    return fit_gptq(model, documents, tokens=TOKENS, context=CONTEXT, **options)
+
+
 def _awq(model: Any, documents: list[Any]) -> Any:
     from actlas.quantize.awq import fit_awq
 
@@ -127,25 +141,36 @@ def _evaluate() -> Step:
         from actlas.core.edit import Edit
         from actlas.core.quant_edit import QuantEdit
         from actlas.measure.quant_price import extra, losses_of, prices_of
+        from actlas.quantize.awq import fit_awq
+        from actlas.quantize.gptq import fit_gptq
         from actlas.quantize.rtn import fit_rtn
 
         torch.set_num_threads(THREADS)
         work = Path(os.environ[WORK])
         model = actlas.load("smollm2", dtype=torch.float32)
         variants: dict[str, Edit] = {"rtn": fit_rtn(model, bits=BITS, group_size=GROUP, evaluate=0)}
-        for name in ("gptq", "awq"):
+        for name in ("gptq", "same-recipe", "awq"):
             if (work / name).exists():
                 variants[name] = Edit.load(work / name, model)
         theirs = work / "llm-compressor.safetensors"
         if theirs.exists():
             variants["llm-compressor"] = QuantEdit({}, load_file(theirs), method="llm-compressor")
-        held_out = _documents()[60:]
+        documents = _documents()
+        two: dict[str, Any] = {"bits": 2, "group_size": GROUP, "evaluate": 0}
+        variants["rtn, 2 bits"] = fit_rtn(model, **two)
+        variants["gptq, 2 bits"] = fit_gptq(model, documents, tokens=TOKENS, context=CONTEXT, **two)
+        variants["awq, 2 bits"] = fit_awq(model, documents, tokens=AWQ_TOKENS, context=AWQ_CONTEXT, **two)
+        held_out = documents[60:]
         base, losses = losses_of(model, held_out, variants, tokens=EVALUATED, context=CONTEXT)
         found = prices_of(base, losses, variants)
         out = {f"{m.group['variant']} {m.name}": m.to_json() for m in found}
+        for name, bits in (("gptq", ""), ("awq", ""), ("gptq", ", 2 bits"), ("awq", ", 2 bits")):
+            for m in extra(losses[f"{name}{bits}"], losses[f"rtn{bits}"]):
+                out[f"{name}{bits} over rtn {m.name}"] = m.to_json()
         if "llm-compressor" in losses and "gptq" in losses:
-            for m in extra(losses["gptq"], losses["llm-compressor"]):
-                out[f"gptq over llm-compressor {m.name}"] = m.to_json()
+            for name in ("gptq", "same-recipe"):
+                for m in extra(losses[name], losses["llm-compressor"]):
+                    out[f"{name} over llm-compressor {m.name}"] = m.to_json()
         return out
 
     return step
@@ -185,6 +210,7 @@ def _encoder() -> Step:
 
 VARIANTS: dict[str, Callable[[], Step]] = {
     "gptq": lambda: _timed(_gptq, "gptq"),
+    "same-recipe": lambda: _timed(_same_recipe, "same-recipe"),
     "awq": lambda: _timed(_awq, "awq"),
     "llm-compressor": _llm_compressor,
     "evaluate": _evaluate,
@@ -198,7 +224,9 @@ def main(rounds: int) -> bool:
     if not Path("/proc/self/clear_refs").exists():
         return report("quantize", title, [Figure("peak memory", None, "x", 1.5, "needs Linux's /proc")])
     rounds = min(rounds, 2)  # each takes minutes
-    runs: dict[str, list[dict[str, Any]]] = {"gptq": [], "awq": [], "llm-compressor": []}
+    runs: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("gptq", "same-recipe", "awq", "llm-compressor")
+    }
     with tempfile.TemporaryDirectory() as work:
         os.environ[WORK] = work
         for done in range(rounds):
@@ -216,6 +244,19 @@ def main(rounds: int) -> bool:
     figures += _compared(runs, prices)
     for name in ("rtn", "awq"):
         figures.append(Figure(f"{name}: perplexity ratio", prices[f"{name} perplexity-ratio"]["value"], "x"))
+    for bits, said in ((3, ""), (2, ", 2 bits")):
+        for name in ("gptq", "awq"):
+            m = prices[f"{name}{said} over rtn extra-kl"]
+            figures.append(
+                Figure(
+                    f"smollm2, {bits} bits: {name} less rounding",
+                    m["value"],
+                    "nats/token of KL",
+                    0.0,
+                    f"95% interval {m['low']:.3f} to {m['high']:.3f}; rounding alone "
+                    f"{prices[f'rtn{said} kl-to-base']['value']:.3f}",
+                )
+            )
     for bits in (4, 3, 2):
         for name in ("gptq", "awq"):
             m = encoder[f"{bits} {name} extra-distance"]
@@ -237,20 +278,31 @@ def _compared(runs: dict[str, list[dict[str, Any]]], prices: dict[str, Any]) -> 
     if missing:
         note = f"{missing}; pip install llmcompressor, or set LLMCOMPRESSOR_PYTHON"
         return [Figure("gptq against llm-compressor: time", None, "x", 1.0, note)]
-    pairs = list(zip(runs["gptq"], runs["llm-compressor"], strict=True))
-    rise = prices["gptq over llm-compressor extra-loss"]
-    return [
-        median(
-            "gptq against llm-compressor: time", [a["seconds"] / b["seconds"] for a, b in pairs], "x", 1.0
-        ),
-        median("gptq against llm-compressor: peak memory", [a["peak"] / b["peak"] for a, b in pairs], "x"),
-        Figure(
-            "gptq against llm-compressor: extra loss",
-            rise["value"],
-            "nats/token",
-            0.0,
-            f"95% interval {rise['low']:.3f} to {rise['high']:.3f}; perplexity ratios "
-            f"{prices['gptq perplexity-ratio']['value']:.3f} and "
-            f"{prices['llm-compressor perplexity-ratio']['value']:.3f}",
-        ),
-    ]
+    found = []
+    for name, label, most in (
+        ("same-recipe", "gptq on the same recipe", 1.0),
+        ("gptq", "gptq with its range search", None),
+    ):
+        pairs = list(zip(runs[name], runs["llm-compressor"], strict=True))
+        rise = prices[f"{name} over llm-compressor extra-loss"]
+        found += [
+            median(
+                f"{label} against llm-compressor: time",
+                [a["seconds"] / b["seconds"] for a, b in pairs],
+                "x",
+                most,
+            ),
+            median(
+                f"{label} against llm-compressor: peak memory", [a["peak"] / b["peak"] for a, b in pairs], "x"
+            ),
+            Figure(
+                f"{label} against llm-compressor: extra loss",
+                rise["value"],
+                "nats/token",
+                0.0,
+                f"95% interval {rise['low']:.3f} to {rise['high']:.3f}; perplexity ratios "
+                f"{prices[f'{name} perplexity-ratio']['value']:.3f} and "
+                f"{prices['llm-compressor perplexity-ratio']['value']:.3f}",
+            ),
+        ]
+    return found

@@ -52,6 +52,7 @@ def rows() -> list[str]:
             "rtn": "round to nearest",
             "gptq": "GPTQ",
             "awq": "AWQ",
+            "same-recipe": "GPTQ without its range search",
             "llm-compressor": "llm-compressor's GPTQ",
         }
         out += _lines(found, names, "`python -m bench quantize`, all blocks")

@@ -80,7 +80,7 @@ class _Synthesiser:
         if _Synthesiser._library is not None:
             return
         try:
-            import espeakng_loader  # type: ignore[import-untyped]
+            import espeakng_loader
         except ImportError as missing:
             raise InputError(
                 "speaking takes the package espeakng-loader: pip install 'actlas[audio]'"
